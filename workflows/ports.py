@@ -1,0 +1,50 @@
+"""What a strategy may ask of the world besides LangChain's `BaseChatModel`.
+
+A model without a `Reader` works everywhere; the strategies that need one say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from langchain_core.messages import BaseMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One score per text, higher is more relevant, and the tokens that were computed to get them."""
+
+    values: tuple[float, ...]
+    computed_tokens: int
+    reused_tokens: int  # tokens whose KV was already held
+
+
+class Counter(Protocol):
+    """Counts tokens as the model that will be called does."""
+
+    exact: bool  # False: an estimate, and plans reserve a quarter more
+
+    def count_text(self, text: str) -> int:
+        """Tokens of the bare text."""
+        ...
+
+    def count_messages(self, messages: Sequence[BaseMessage]) -> int:
+        """Tokens of the finished prompt, chat template and generation prompt included."""
+        ...
+
+
+class Reader(Protocol):
+    """What only a local model runtime can do: look at text without generating."""
+
+    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+        """Mean log P(question token | text): how well each text predicts the question.
+
+        The KV of each text is computed once in the life of the reader, within its memory budget.
+        """
+        ...
+
+    def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
+        """The most tokens `likelihood` can compute for these arguments, without computing anything."""
+        ...
