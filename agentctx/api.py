@@ -1,0 +1,319 @@
+"""The Python API: open sources, then ask, summarise or plan.
+
+    from agentctx import Context
+    answer = Context.open("contract.pdf").ask("Which court ruled, and when?")
+
+`aask`, `asummarize`, `astream` and `aresume` are the async forms; the plain ones are the same code in a loop
+of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from agentctx.blocking import blocking, blocking_iterator
+from agentctx.memory.blobs import Blobs
+from agentctx.memory.documents import Corpus, Selection, open_documents
+from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, InputError
+from agentctx.memory.types import Answer, Budget, Document, Notice, Plan
+from agentctx.paths import Paths
+from agentctx.privacy import tracing_notices
+from agentctx.runs import Runs
+from agentctx.session import execute, outcome
+from agentctx.workflows.cache import LeafCache
+from agentctx.workflows.conclude import ANSWER
+from agentctx.workflows.fence import draw_tag
+from agentctx.workflows.frame import Strategy
+from agentctx.workflows.registry import strategy as named_strategy
+from agentctx.workflows.run import RunContext, Stop
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import Part, Task
+from agentctx.workflows.trace import Event, Trace, read_trace
+
+if TYPE_CHECKING:
+    from agentctx.models.load import Model
+
+__all__ = ["Context", "Stop"]
+Progress = Callable[[str, int, int | None], None]
+Listener = Callable[[Event], None]
+Source = str | Path | Document
+UNLIMITED = Budget()
+
+
+@dataclass(frozen=True)
+class Context:
+    """Documents and a model, ready to be asked. Make one with `Context.open`."""
+
+    corpus: Corpus
+    model: Model
+    paths: Paths
+    model_options: dict[str, Any] = field(default_factory=dict)  # how to open the model again
+    ephemeral: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        sources: Source | Sequence[Source] = (),
+        *,
+        text: str | None = None,
+        model: str | Model = "smollm2",
+        base_url: str | None = None,
+        window: int | None = None,
+        selection: Selection | None = None,
+        stdin: BinaryIO | None = None,
+        paths: Paths | None = None,
+        offline: bool = False,
+        ephemeral: bool = False,
+        progress: Progress | None = None,
+    ) -> Context:
+        """Read the sources and open the model.
+
+        `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
+        from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
+        `window`: use at most this many tokens of the model's context. `ephemeral`: write nothing to disk.
+        Raises InputError if nothing can be read, ModelError or ConfigError for the model.
+        """
+        from agentctx.models.load import open_model
+
+        corpus = _corpus(sources, text, selection or Selection(), stdin)
+        paths = paths or Paths.default()
+        options: dict[str, Any] = {}
+        if isinstance(model, str):
+            options = {"name": model, "base_url": base_url, "window": window}
+            name = options["name"]
+            model = open_model(
+                name, base_url=base_url, window=window, paths=paths, offline=offline, progress=progress
+            )
+        notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
+        return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral)
+
+    def plan(
+        self,
+        question: str | None,
+        *,
+        task: str = "ask",
+        per: Part = "all",
+        strategy: str | Strategy = "auto",
+        budget: Budget = UNLIMITED,
+    ) -> Plan:
+        """What `ask` (or, with `task="summarize"`, `summarize`) would cost at most. No model call is made."""
+        return _strategy(strategy).plan(self._scope(_task(question, task, per), budget))
+
+    async def aask(
+        self,
+        question: str,
+        *,
+        strategy: str | Strategy = "auto",
+        budget: Budget = UNLIMITED,
+        run_id: str | None = None,
+        stop: Stop | None = None,
+        on_event: Listener | None = None,
+    ) -> Answer:
+        """Answer a question from the documents, with citations checked by code.
+
+        `strategy`: a name, or an object with its parameters, `Spans(candidates=100)`. Raises BudgetExceeded
+        (with the partial answer) when a limit ends the run, ModelError if the model cannot be reached.
+        """
+        return await self._start(_task(question, "ask"), strategy, budget, run_id, stop, on_event)
+
+    async def asummarize(
+        self,
+        focus: str | None = None,
+        *,
+        per: Part = "all",
+        strategy: str | Strategy = "auto",
+        budget: Budget = UNLIMITED,
+        run_id: str | None = None,
+        stop: Stop | None = None,
+        on_event: Listener | None = None,
+    ) -> Answer:
+        """Summarise all documents, each file, or each chapter; `focus` says what matters."""
+        return await self._start(_task(focus, "summarize", per), strategy, budget, run_id, stop, on_event)
+
+    async def astream(
+        self, question: str, *, strategy: str | Strategy = "auto", budget: Budget = UNLIMITED
+    ) -> AsyncGenerator[Event | Answer, None]:
+        """The events of a run as they happen, and the Answer last. Leaving the loop cancels the run."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        stop = Stop()
+        run = asyncio.create_task(
+            self.aask(question, strategy=strategy, budget=budget, stop=stop, on_event=queue.put_nowait)
+        )
+        run.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            yield await run
+        finally:
+            if not run.done():
+                stop.request("cancelled")
+                stop.request("cancelled")
+            await asyncio.gather(run, return_exceptions=True)
+
+    @staticmethod
+    async def aresume(
+        run_id: str,
+        *,
+        budget: Budget | None = None,
+        paths: Paths | None = None,
+        offline: bool = False,
+        stop: Stop | None = None,
+        on_event: Listener | None = None,
+        progress: Progress | None = None,
+    ) -> Answer:
+        """Take up a run that was killed, stopped or ended by its budget. No finished call is made again.
+
+        `budget` replaces the run's own. A run that is complete returns its answer at once.
+        """
+        from agentctx.models.load import open_model
+
+        paths = paths or Paths.default()
+        manifest = Runs(paths.runs).manifest(run_id)
+        if manifest.get("answer") and manifest["status"] in ("complete", "unanswerable"):
+            return ANSWER.validate_python(manifest["answer"])
+        blobs = Blobs(paths.blobs)
+        corpus = Corpus(
+            tuple(blobs.get_document(document_id, source) for document_id, source in manifest["documents"]),
+            tuple(Notice(**notice) for notice in manifest["skipped"]),
+            tuple(Notice(**notice) for notice in manifest["warnings"]),
+        )
+        if not manifest["model"].get("name"):
+            raise ConfigError(
+                f"run {run_id} used a model object that cannot be opened by name",
+                hint="open a Context with that model and ask again; finished calls come from the cache",
+            )
+        model = open_model(**manifest["model"], paths=paths, offline=offline, progress=progress)
+        context = Context(corpus, model, paths, manifest["model"])
+        task = Task(**manifest["task"])
+        strategy = named_strategy(manifest["strategy"], **manifest["params"])
+        manifest["budget"] = asdict(budget) if budget else manifest["budget"]
+        manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
+        scope = context._scope(task, Budget(**manifest["budget"]), manifest["tag"])
+        return await context._carry_out(run_id, manifest, scope, strategy, stop, on_event)
+
+    ask = blocking(aask)
+    summarize = blocking(asummarize)
+    stream = blocking_iterator(astream)
+    resume = staticmethod(blocking(aresume.__func__))
+
+    def _scope(self, task: Task, budget: Budget, tag: str | None = None) -> Scope:
+        documents = {document.id: document for document in self.corpus.documents}
+        return Scope(
+            task,
+            documents,
+            self.model.profile,
+            self.model.counter,
+            tag or draw_tag(documents.values()),
+            self.model.reader,
+            budget,
+        )
+
+    async def _start(
+        self,
+        task: Task,
+        strategy: str | Strategy,
+        budget: Budget,
+        run_id: str | None,
+        stop: Stop | None,
+        on_event: Listener | None,
+    ) -> Answer:
+        run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        chosen = _strategy(strategy)
+        scope = self._scope(task, budget)
+        manifest = {
+            "task": asdict(task),
+            "strategy": chosen.name,
+            "params": asdict(chosen),  # type: ignore[call-overload]
+            "budget": asdict(budget),
+            "model": self.model_options or {"name": ""},
+            "documents": [[d.id, d.source] for d in self.corpus.documents],
+            "skipped": [asdict(notice) for notice in self.corpus.skipped],
+            "warnings": [asdict(notice) for notice in self.corpus.warnings],
+            "tag": scope.tag,
+            "started": time.time(),
+            "attempt": 0,
+        }
+        if not self.ephemeral:
+            if (Runs(self.paths.runs).folder(run_id) / "run.json").exists():
+                raise ConfigError(f"there is a run {run_id} already", hint=f"agentctx runs resume {run_id}")
+            blobs = Blobs(self.paths.blobs)
+            for document in self.corpus.documents:
+                blobs.put_document(document)
+        return await self._carry_out(run_id, manifest, scope, chosen, stop, on_event)
+
+    async def _carry_out(
+        self,
+        run_id: str,
+        manifest: dict[str, Any],
+        scope: Scope,
+        strategy: Strategy,
+        stop: Stop | None,
+        on_event: Listener | None,
+    ) -> Answer:
+        """Plan, run, and keep the manifest true at each step."""
+        plan = await asyncio.to_thread(strategy.plan, scope)
+        runs = None if self.ephemeral else Runs(self.paths.runs)
+        folder = runs.folder(run_id) if runs else None
+        trace_path = folder / "trace.jsonl" if folder else None
+        past = list(read_trace(trace_path)) if trace_path and trace_path.exists() else []
+        status: dict[str, Any] = {"status": "failed"}
+        cache = LeafCache(None if self.ephemeral else self.paths.calls)
+        if runs:
+            runs.write(run_id, {**manifest, "status": "running"})
+        trace = Trace(run_id, trace_path, on_event)
+        run = RunContext(run_id, scope, self.model.chat, plan, cache, trace, stop or Stop())
+        if cache.warning:
+            run.warn("cache_damaged", cache.warning)
+        run.ledger.replay(past)
+        try:
+            answer = await execute(run, strategy, self.corpus, folder, f"{run_id}:{manifest['attempt']}")
+            status = {"status": answer.status, "answer": ANSWER.dump_python(answer, mode="json")}
+            return outcome(run, answer)
+        except AgentctxError as error:
+            if not isinstance(error, BudgetExceeded):
+                status = {"status": "failed", "error": error.message}
+            raise
+        finally:
+            trace.close()
+            cache.close()
+            if runs:
+                runs.write(run_id, {**manifest, **status})
+
+
+def _corpus(
+    sources: Source | Sequence[Source], text: str | None, selection: Selection, stdin: BinaryIO | None
+) -> Corpus:
+    """What the caller gave, in the order given: files and directories read, documents and text as they are."""
+    given = [sources] if isinstance(sources, str | Path | Document) else list(sources)
+    ready = [source for source in given if isinstance(source, Document)]
+    if text is not None:
+        ready.append(Document.of(text))
+    paths = [source for source in given if not isinstance(source, Document)]
+    if not paths and not ready:
+        raise InputError(
+            "there is nothing to read", code="empty", hint="name a file or directory, or pass text="
+        )
+    if any(not document.text.strip() for document in ready):
+        raise InputError("the given text is empty", code="empty")
+    read = open_documents(paths, selection=selection, stdin=stdin) if paths else Corpus((), (), ())
+    return replace(read, documents=(*ready, *read.documents))
+
+
+def _task(question: str | None, task: str, per: Part = "all") -> Task:
+    if task not in ("ask", "summarize"):
+        raise ConfigError(f"there is no task {task!r}", hint="choose ask or summarize")
+    if task == "ask" and not (question or "").strip():
+        raise ConfigError("the question is empty")
+    if per not in ("all", "file", "chapter"):
+        raise ConfigError(f"there is no division per {per!r}", hint="choose all, file or chapter")
+    return Task((question or "").strip(), "search" if task == "ask" else "summarise", per)
+
+
+def _strategy(given: str | Strategy) -> Strategy:
+    return named_strategy(given) if isinstance(given, str) else given

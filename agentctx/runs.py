@@ -1,0 +1,101 @@
+"""The runs on disk: one folder a run, with its manifest, its trace and its checkpoints.
+
+The manifest says what was asked of what, so that a killed run can be taken up again; texts are in the blob
+store, never here. No key and no secret is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentctx.memory.atomic import write_atomic
+from agentctx.memory.errors import InputError, StoreError
+from agentctx.workflows.trace import read_trace
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """One line of `runs ls`. `started` is in seconds since the epoch."""
+
+    run_id: str
+    task: str
+    question: str
+    status: str  # running, complete, partial, unanswerable, failed
+    started: float
+    sources: tuple[str, ...]
+    strategy: str
+    model: str
+
+
+class Runs:
+    """The folder of runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, run_id: str) -> Path:
+        """The folder of a run that may not exist yet; an id is a plain name, never a path."""
+        if not run_id or not all(c.isalnum() or c in "-_." for c in run_id) or run_id.startswith("."):
+            raise InputError(
+                f"{run_id!r} is no run id", code="not_found", hint="ids are letters, digits, '-', '_' and '.'"
+            )
+        return self.root / run_id
+
+    def write(self, run_id: str, manifest: dict[str, Any]) -> None:
+        text = json.dumps({"schema": SCHEMA, **manifest}, ensure_ascii=False, indent=1)
+        write_atomic(self.folder(run_id) / "run.json", text.encode("utf-8", "surrogatepass"))
+
+    def manifest(self, run_id: str) -> dict[str, Any]:
+        """The manifest. Raises InputError for an unknown id, StoreError for a damaged or newer one."""
+        path = self.folder(run_id) / "run.json"
+        if not path.exists():
+            raise InputError(f"there is no run {run_id}", code="not_found", hint="see: agentctx runs ls")
+        try:
+            value: dict[str, Any] = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise StoreError(
+                f"the manifest of run {run_id} is damaged", code="corrupt", hint=f"agentctx runs rm {run_id}"
+            ) from error
+        if value.get("schema") != SCHEMA:
+            raise StoreError(
+                f"run {run_id} was written by another version (schema {value.get('schema')})", code="version"
+            )
+        return value
+
+    def get(self, run_id: str) -> RunInfo:
+        value = self.manifest(run_id)
+        return RunInfo(
+            run_id,
+            value["task"]["kind"],
+            value["task"]["question"],
+            value["status"],
+            value["started"],
+            tuple(source for _, source in value["documents"]),
+            value["strategy"],
+            value["model"]["name"],
+        )
+
+    def list(self) -> list[RunInfo]:
+        """All runs, newest first."""
+        if not self.root.is_dir():
+            return []
+        found = [self.get(path.parent.name) for path in self.root.glob("*/run.json")]
+        return sorted(found, key=lambda info: -info.started)
+
+    def trace(self, run_id: str) -> Iterator[dict[str, Any]]:
+        """The events of a run so far."""
+        self.manifest(run_id)
+        path = self.folder(run_id) / "trace.jsonl"
+        return read_trace(path) if path.exists() else iter(())
+
+    def remove(self, run_id: str) -> None:
+        """Delete the run's manifest, trace and checkpoints."""
+        self.manifest(run_id)
+        shutil.rmtree(self.folder(run_id))

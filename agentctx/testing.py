@@ -1,0 +1,161 @@
+"""Public test doubles: a chat model that answers by a function, one that fails on purpose, a Reader, a counter.
+
+They let a workflow be tested without weights: every call is recorded, usage is exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from pydantic import Field, PrivateAttr
+
+from agentctx.memory.errors import ModelError
+from agentctx.models.load import Model
+from agentctx.workflows.ports import Counter, Reader, Scores
+from agentctx.workflows.profile import ModelProfile, Tier
+
+Reply = Callable[[str], str | dict[str, Any] | Exception]
+
+
+class WordCounter:
+    """Counts words and punctuation marks; a message costs four more. Exact for `ScriptedChat`."""
+
+    exact = True
+
+    def count_text(self, text: str) -> int:
+        # Every four characters of a long word are one token, so that no text is free.
+        return sum(-(-len(word) // 4) for word in text.split()) + text.count("\n")
+
+    def count_messages(self, messages: Sequence[BaseMessage]) -> int:
+        return sum(4 + self.count_text(str(message.text)) for message in messages)
+
+
+class ScriptedChat(BaseChatModel):
+    """A chat model whose reply is a function of the last message's text.
+
+    The function returns text, a dict (sent as JSON) or an exception (raised). `prompts` records every call
+    that was sent, `delay` is seconds per call, `peak` the most calls that were in flight at once.
+    """
+
+    reply: Reply
+    delay: float = 0.0
+    output_tokens: int | None = None  # claim this many instead of counting
+    prompts: list[str] = Field(default_factory=list)
+    _flying: int = PrivateAttr(default=0)
+    peak: int = 0
+
+    @property
+    def _llm_type(self) -> str:
+        return "scripted"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        prompt = str(messages[-1].text)
+        self.prompts.append(prompt)
+        reply = self.reply(prompt)
+        if isinstance(reply, Exception):
+            raise reply
+        text = reply if isinstance(reply, str) else json.dumps(reply)
+        counter = WordCounter()
+        read = counter.count_messages(messages)
+        written = counter.count_text(text) if self.output_tokens is None else self.output_tokens
+        if limit := kwargs.get("max_tokens"):
+            written = min(written, limit)
+        message = AIMessage(
+            text,
+            usage_metadata={"input_tokens": read, "output_tokens": written, "total_tokens": read + written},
+            response_metadata={"model_name": "scripted"},
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        self._flying += 1
+        self.peak = max(self.peak, self._flying)
+        try:
+            await asyncio.sleep(self.delay)
+            return self._generate(messages, stop, None, **kwargs)
+        finally:
+            self._flying -= 1
+
+
+class FaultyChat(ScriptedChat):
+    """A `ScriptedChat` whose calls fail by a list: each entry an error to raise or None to go through.
+
+    After the list is used up every call goes through.
+    """
+
+    faults: list[Any] = Field(default_factory=list)
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        fault = self.faults.pop(0) if self.faults else None
+        if fault is not None:
+            self.prompts.append(str(messages[-1].text))
+            raise fault if isinstance(fault, Exception) else ModelError(f"injected: {fault}", code=str(fault))
+        return super()._generate(messages, stop, run_manager, **kwargs)
+
+
+class ScriptedReader:
+    """A Reader that scores by a function of (question, text). Counts every look."""
+
+    def __init__(self, score: Callable[[str, str], float]) -> None:
+        self.score = score
+        self.looked: list[str] = []
+        self._counter = WordCounter()
+
+    def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
+        each = self._counter.count_text(question)
+        return sum(self._counter.count_text(text) + each for text in texts)
+
+    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+        self.looked += texts
+        values = tuple(self.score(question, text) for text in texts)
+        return Scores(values, self.likelihood_cost(question, texts), 0)
+
+
+def scripted_model(
+    chat: ScriptedChat,
+    *,
+    context: int = 2000,
+    reliable: int | None = None,
+    tiers: frozenset[Tier] = frozenset({"reads", "writes"}),
+    concurrency: int = 4,
+    reader: Reader | None = None,
+    counter: Counter | None = None,
+) -> Model:
+    """A `Model` around a scripted chat, for `Context.open(…, model=…)`."""
+    fingerprint = hashlib.sha256(f"{context} {reliable} {sorted(tiers)}".encode()).hexdigest()[:16]
+    profile = ModelProfile(
+        "scripted", "scripted", fingerprint, context, reliable or context, tiers, concurrency
+    )
+    return Model(chat, profile, counter or WordCounter(), reader)
+
+
+def fenced_texts(prompt: str) -> Iterator[str]:
+    """The document texts of a prompt, without their delimiters: what a scripted reply may look at."""
+    for part in prompt.split("<text-")[1:]:
+        yield part.split(">\n", 1)[1].split("\n</text-", 1)[0]

@@ -1,0 +1,128 @@
+"""Answer from pieces of text that fit one call: the step in which every search ends.
+
+A model that writes returns claims with copied quotes. A model that only reads is not trusted with that: the
+Reader picks the verbatim sentence, the model words a short answer, and code keeps the wording only if the
+sentence supports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agentctx.memory.citations import Verifier
+from agentctx.memory.types import Failure, Plan, Span
+from agentctx.workflows import cost
+from agentctx.workflows.call import ask
+from agentctx.workflows.grounding import supports
+from agentctx.workflows.meter import MeteredReader, Refused
+from agentctx.workflows.pick import pick, pick_cost
+from agentctx.workflows.profile import ModelProfile
+from agentctx.workflows.roles import ANSWER, SHORT_ANSWER, Role
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text to answer from. Without a span it is a collection of quotes, not one place."""
+
+    label: str
+    text: str
+    span: Span | None = None
+
+
+def answer_role(profile: ModelProfile) -> Role:
+    """How this model is asked for an answer."""
+    return ANSWER if "writes" in profile.tiers else SHORT_ANSWER
+
+
+def whole_pieces(scope: Scope) -> list[Piece]:
+    """Every document as one piece."""
+    return [Piece(d.source, d.text, Span(d.id, 0, len(d.text))) for d in scope.documents.values()]
+
+
+def answer_input(scope: Scope, pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Tokens of the finished prompt over these pieces, and the most it may return."""
+    role = answer_role(scope.profile)
+    messages = role.render(scope.task.question, _shown(pieces), scope.tag)
+    return scope.prompt_tokens(messages), role.max_output
+
+
+def direct_plan(scope: Scope) -> Plan:
+    """One call over everything."""
+    pieces = whole_pieces(scope)
+    role = answer_role(scope.profile)
+    tokens, output = answer_input(scope, pieces)
+    stages = [cost.stage("answer", role.name, [tokens], output, scope.profile)]
+    if role is SHORT_ANSWER and scope.reader:
+        looked = pick_cost(scope.task.question, [piece.text for piece in pieces], reader=scope.reader)
+        stages.append(cost.scoring("pick", looked, scope.profile))
+    return cost.make_plan(
+        "direct",
+        {},
+        stages,
+        largest_input=tokens,
+        largest_output=output,
+        hold=stages[0].cost,
+        coverage=1.0,
+        supersteps=8,
+    )
+
+
+async def answer_pieces(run: RunContext, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The state update of an answer: a draft, the spans that code chose, and failures."""
+    role = answer_role(run.scope.profile)
+    result = await ask(run, role, run.scope.task.question, _shown(pieces), finishing=True, stream=True)
+    update: dict[str, Any] = {}
+    if isinstance(result, Failure):
+        update["failures"] = {"answer": asdict(result)}
+    else:
+        update["draft"] = result.id
+    if role is SHORT_ANSWER:
+        update["spans"] = await _spans(
+            run, pieces, "" if isinstance(result, Failure) else result.data["text"]
+        )
+    return update
+
+
+async def _spans(run: RunContext, pieces: Sequence[Piece], answer: str) -> list[list[Any]]:
+    """The verbatim sentences to show: the Reader's choice, one that supports the answer first."""
+    placed = [piece for piece in pieces if piece.span]
+    question, texts = run.scope.task.question, [piece.text for piece in placed]
+    try:
+        reader = MeteredReader(run, finishing=True) if run.scope.reader else None
+        picks = await pick(question, texts, reader=reader)
+    except Refused:
+        picks = await pick(question, texts, reader=None)
+    picks = sorted(picks, key=lambda p: not supports(answer, texts[p.passage][p.start : p.end], question))
+    spans = []
+    for chosen in picks[:1]:
+        span = placed[chosen.passage].span
+        assert span is not None
+        spans.append(
+            [span.document_id, span.start + chosen.start, span.start + chosen.end, chosen.score, "score"]
+        )
+    return spans
+
+
+def is_grounded(run: RunContext, update: dict[str, Any]) -> bool:
+    """True if there is an answer and code finds a supported quote for each of its claims."""
+    data = run.cache.get(update["draft"]) if "draft" in update else None
+    if not data or data.get("no_information"):
+        return False
+    if "claims" not in data:
+        return any(
+            supports(data["text"], run.scope.text(Span(*span[:3])), run.scope.task.question)
+            for span in update.get("spans", [])
+        )
+    verifier = run.scope.keep("verifier", lambda: Verifier(list(run.scope.documents.values())))
+    return bool(data["claims"]) and all(
+        any(verifier.verify(quote).verdict == "supported" for quote in claim["quotes"])
+        for claim in data["claims"]
+    )
+
+
+def _shown(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    return [(piece.label, piece.text) for piece in pieces]

@@ -1,0 +1,155 @@
+"""The one door to the model: cache, reserve, call, settle, parse, repair, record.
+
+Nothing else in the project calls a chat model. A call that gives nothing returns a Failure, so that one
+failed leaf does not end a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
+from langchain_core.messages import BaseMessage, HumanMessage
+from pydantic import ValidationError
+
+from agentctx.memory.types import Failure
+from agentctx.workflows.cache import call_key
+from agentctx.workflows.roles import Reply, Role
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.send import Attempt, attempt_call
+from agentctx.workflows.state import Record
+
+MAX_RETRIES = 2  # per call, out of the run's pool
+Pieces = Sequence[tuple[str, str]]  # (label, text)
+
+
+async def ask(
+    run: RunContext,
+    role: Role,
+    question: str,
+    pieces: Pieces,
+    *,
+    finishing: bool = False,
+    stream: bool = False,
+) -> Record | Failure:
+    """Play `role` on the pieces and return its checked record, or a typed failure.
+
+    `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events.
+    """
+    key = call_key(
+        model=run.scope.profile.fingerprint,
+        role=[role.name, role.version, role.max_output],
+        question=question,
+        pieces=[[label, _digest(text)] for label, text in pieces],
+    )
+    with run.trace.span():
+        cached = run.cache.get(key)
+        if cached is not None:
+            run.cached += 1
+            run.trace.emit("cache.hit", role=role.name, key=key)
+            return Record(key, role.name, cached)
+        if key not in run.inflight:
+            work = _attempts(run, role, question, pieces, key, finishing=finishing, stream=stream)
+            task = asyncio.create_task(work)
+            run.inflight[key] = task
+            task.add_done_callback(lambda _: run.inflight.pop(key, None))
+        # An equal call that is on its way already is awaited, not paid twice.
+        result = cast("Record | Failure", await run.inflight[key])
+        if isinstance(result, Failure):
+            run.trace.emit("failure", role=role.name, kind=result.kind, message=result.message)
+        return result
+
+
+async def _attempts(
+    run: RunContext, role: Role, question: str, pieces: Pieces, key: str, *, finishing: bool, stream: bool
+) -> Record | Failure:
+    messages = role.render(question, pieces, run.scope.tag)
+    tokens = run.scope.prompt_tokens(messages)
+    context = run.scope.profile.context
+    repaired = False
+    number = 0
+    while True:
+        if tokens + role.max_output > context:
+            return Failure(
+                "overflow",
+                f"the prompt has {tokens:,} tokens and the reply up to {role.max_output:,}; "
+                f"the model accepts {context:,}",
+            )
+        number += 1
+        result = await attempt_call(
+            run, role, messages, Attempt(number, tokens, finishing, stream, may_retry=number <= MAX_RETRIES)
+        )
+        if isinstance(result, Failure):
+            if result.retryable and number <= MAX_RETRIES and run.take_retry():
+                continue
+            return result
+        data, problem = parse(role, text_of_message(result))
+        if data is not None:
+            run.cache.put(key, data)
+            return Record(key, role.name, data)
+        if repaired or not run.take_retry():
+            return Failure("parse", problem, attempt=number)
+        repaired = True
+        messages = [
+            *messages,
+            result,
+            HumanMessage(f"{problem[:300]} Reply again with the JSON object only."),
+        ]
+        tokens = run.scope.prompt_tokens(messages)
+
+
+def text_of_message(message: BaseMessage) -> str:
+    """The text of a reply, whatever parts the endpoint sent it in."""
+    return str(message.text)
+
+
+def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:
+    """The reply as its role's schema wants it, or None and what is wrong with it."""
+    if role.schema is None:
+        return {"text": text.strip()}, ""
+    start = text.find("{")
+    if start < 0:
+        return None, "The reply holds no JSON object."
+    try:
+        value, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        salvaged = _salvage(role.schema, text[start:])
+        return salvaged, "" if salvaged else f"The reply is not valid JSON: {error.msg}."
+    try:
+        return role.schema.model_validate(value).model_dump(), ""
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the object"
+        return None, f"The reply does not fit the form: {place}: {first['msg']}."
+
+
+def _salvage(schema: type[Reply], text: str) -> dict[str, Any] | None:
+    """The complete items of a list that was cut off at the output limit, if the rest is valid with them."""
+    decoder = json.JSONDecoder(strict=False)
+    for name, info in schema.model_fields.items():
+        if not (info.annotation and "list" in str(info.annotation)):
+            continue
+        at = text.find(f'"{name}"')
+        at = text.find("[", at) + 1 if at >= 0 else 0
+        items: list[Any] = []
+        while at > 0:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            try:
+                item, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError:
+                break
+            items.append(item)
+        if items:
+            try:
+                return schema.model_validate({name: items}).model_dump()
+            except ValidationError:
+                return None
+    return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

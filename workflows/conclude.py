@@ -1,0 +1,149 @@
+"""The last step of every run: check every quote, count what was read, and state what is missing.
+
+It makes no model call, so it also serves a run that was stopped: with whatever evidence there is, at any
+moment, it gives a valid Answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from agentctx.memory.citations import Verifier
+from agentctx.memory.sentences import sentences
+from agentctx.memory.types import Answer, Chunk, Citation, Coverage, Span, Status
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.state import State
+
+ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+NO_ANSWER = "The sources that were read do not answer this."
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What became of each chunk, by its index. A chunk in neither set was not read."""
+
+    chunks: Sequence[Chunk]
+    read: frozenset[int] = frozenset()
+    failed: frozenset[int] = frozenset()
+    scored: frozenset[int] = frozenset()
+    not_forwarded: int = 0
+
+
+def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> dict[str, Any]:
+    """The Answer as JSON, every citation verified against the source text."""
+    verifier = run.scope.keep("verifier", lambda: Verifier(list(run.scope.documents.values())))
+    draft = run.cache.get(state["draft"]) if state.get("draft") else None
+    citations = _unique(
+        [
+            *_from_spans(run, verifier, state.get("spans", [])),
+            *_from_claims(verifier, draft or {}, state),
+        ]
+    )
+    for citation in citations:
+        run.trace.emit("verdict", source=citation.source, verdict=citation.verdict)
+    supported = [c for c in citations if c.verdict == "supported"]
+    text, uncited = _text(run, draft, supported, state)
+    failures = state.get("failures", {})
+    for failure in failures.values():
+        run.warn(f"failed_{failure['kind']}", failure["message"])
+    wound = run.stopped_because
+    status = _status(bool(wound or failures), bool(supported or (text and text != NO_ANSWER)))
+    answer = Answer(
+        text=text,
+        citations=tuple(citations),
+        coverage=coverage(covered),
+        strategy=strategy,
+        model=run.scope.profile.name,
+        usage=run.usage(),
+        plan=run.plan,
+        run_id=run.run_id,
+        status=status,
+        warnings=tuple(run.warnings),
+        uncited=uncited,
+        stopped_because=wound,
+    )
+    run.trace.emit("answer", status=status, citations=len(citations), supported=len(supported))
+    result: dict[str, Any] = ANSWER.dump_python(answer, mode="json")
+    return result
+
+
+def coverage(covered: Covered) -> Coverage:
+    """Tokens and spans: read + unread + failed is the whole input, exactly."""
+    count = [chunk.tokens for chunk in covered.chunks]
+    unread = [i for i in range(len(count)) if i not in covered.read and i not in covered.failed]
+    return Coverage(
+        total=sum(count),
+        read=sum(count[i] for i in covered.read),
+        scored=sum(count[i] for i in covered.scored),
+        unread=_joined(covered.chunks[i].span for i in unread),
+        failed=_joined(covered.chunks[i].span for i in sorted(covered.failed)),
+        not_forwarded=covered.not_forwarded,
+    )
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Neighbouring spans as one."""
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if last and last.document_id == span.document_id and last.end == span.start:
+            joined[-1] = Span(span.document_id, last.start, span.end)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def _from_spans(run: RunContext, verifier: Verifier, spans: Sequence[Sequence[Any]]) -> list[Citation]:
+    """Citations of spans that code chose: the quote is cut from the source, then verified all the same."""
+    citations = []
+    for document_id, start, end, *_ in spans:
+        quote = run.scope.documents[document_id].text[start:end]
+        citations.append(verifier.verify(quote, document_id, near=start))
+    return citations
+
+
+def _from_claims(verifier: Verifier, draft: dict[str, Any], state: State) -> list[Citation]:
+    """Citations of quotes that a model copied."""
+    citations = []
+    for claim in [*draft.get("claims", []), *draft.get("facts", []), *draft.get("points", [])]:
+        for quote in claim["quotes"]:
+            citations.append(verifier.verify(quote, claim=claim["text"]))
+    return citations
+
+
+def _unique(citations: Sequence[Citation]) -> list[Citation]:
+    """Each place once, the claims' order kept."""
+    seen: set[Any] = set()
+    kept = []
+    for citation in citations:
+        key = citation.span or (citation.verdict, citation.quote)
+        if key not in seen:
+            seen.add(key)
+            kept.append(citation)
+    return kept
+
+
+def _text(
+    run: RunContext, draft: dict[str, Any] | None, supported: Sequence[Citation], state: State
+) -> tuple[str, int]:
+    """The text to show and how many of its statements no supported citation carries."""
+    if draft is None or draft.get("no_information"):
+        return (supported[0].quote if supported else NO_ANSWER), 0
+    claims = [*draft.get("claims", []), *draft.get("points", [])]
+    claimed = {citation.claim for citation in supported}
+    text = draft.get("text") or "\n".join(f"- {claim['text']}" for claim in claims)
+    if not text:
+        return (supported[0].quote if supported else NO_ANSWER), 0
+    if claims:
+        return text, sum(claim["text"] not in claimed for claim in claims)
+    return text, 0 if supported else len(sentences(text))
+
+
+def _status(ended_early: bool, found: bool) -> Status:
+    if ended_early:
+        return "partial"
+    return "complete" if found else "unanswerable"

@@ -1,0 +1,122 @@
+"""The frame that every strategy shares: plan, answer directly if the input fits, else the body; then verify.
+
+    START -> plan -> direct -> verify -> END
+                 \\-> body … -> verify
+
+A strategy is a frozen dataclass whose fields are its parameters. It says what it will cost (`body_plan`) and
+adds the nodes of its body (`body`); the frame does the rest, so no strategy can skip the plan or the check.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+
+from agentctx.memory.errors import ConfigError
+from agentctx.memory.types import Plan
+from agentctx.workflows.answering import answer_input, answer_pieces, direct_plan, whole_pieces
+from agentctx.workflows.conclude import Covered, conclude
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import Input, Output, State
+
+Graph = StateGraph[State, RunContext, Input, Output]
+Step = Callable[[RunContext, State], Awaitable[dict[str, Any]]]
+
+
+class Strategy(ABC):
+    """A named way to answer. `graph()` is an ordinary, uncompiled LangGraph graph."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def body_plan(self, scope: Scope) -> Plan:
+        """What the body costs at most on this scope."""
+
+    @abstractmethod
+    def body(self, graph: Graph) -> str:
+        """Add the body's nodes and edges to `graph`, the last leading to `verify`; return the entry node."""
+
+    @abstractmethod
+    def covered(self, scope: Scope, state: State) -> Covered:
+        """What the body read, by the chunks it works on."""
+
+    def plan(self, scope: Scope, *, force: bool = False) -> Plan:
+        """The ceiling of a run: that of one direct call if the input fits the reliable window."""
+        if not scope.documents:
+            raise ConfigError("there is nothing to read: no document was opened")
+        if not force and reads_directly(scope):
+            return direct_plan(scope)
+        return self.body_plan(scope)
+
+    def graph(self) -> Graph:
+        """The whole graph, uncompiled; its runs take a `RunContext` as context."""
+        graph: Graph = StateGraph(State, RunContext, input_schema=Input, output_schema=Output)
+        add_node(graph, "plan", _plan)
+        add_node(graph, "direct", _direct)
+        add_node(graph, "verify", self._verify)
+        entry = self.body(graph)
+        graph.add_edge(START, "plan")
+        graph.add_conditional_edges("plan", _route(entry), {"direct": "direct", entry: entry})
+        graph.add_edge("direct", "verify")
+        graph.add_edge("verify", END)
+        return graph
+
+    async def _verify(self, run: RunContext, state: State) -> dict[str, Any]:
+        direct = state.get("route") == "direct"
+        covered = whole_covered(run.scope, state) if direct else self.covered(run.scope, state)
+        return {"answer": conclude(run, state, covered, "direct" if direct else self.name)}
+
+
+def reads_directly(scope: Scope) -> bool:
+    """True if one call can read everything, prompt and answer inside the reliable window."""
+    if scope.task.kind != "search":
+        return False
+    if sum(len(d.text) for d in scope.documents.values()) > 16 * scope.profile.window:
+        return False  # no tokenizer packs more than 16 characters into a token on average
+    tokens, output = answer_input(scope, whole_pieces(scope))
+    return tokens + output <= scope.profile.window
+
+
+def whole_covered(scope: Scope, state: State) -> Covered:
+    """Coverage of a direct read: everything or nothing."""
+    chunks = scope.whole()
+    everything = frozenset(range(len(chunks)))
+    failed = bool(state.get("failures"))
+    return Covered(
+        chunks, read=frozenset() if failed else everything, failed=everything if failed else frozenset()
+    )
+
+
+def add_node(graph: Graph, name: str, step: Step) -> None:
+    """Add a node that runs inside a span of the trace."""
+
+    async def node(state: State, runtime: Runtime[RunContext]) -> dict[str, Any]:
+        with runtime.context.trace.span(name):
+            update = await step(runtime.context, state)
+            runtime.context.see(update)
+            return update
+
+    graph.add_node(name, node)
+
+
+def _route(entry: str) -> Callable[[State], str]:
+    def route(state: State) -> str:
+        return "direct" if state.get("route") == "direct" else entry
+
+    return route
+
+
+async def _plan(run: RunContext, state: State) -> dict[str, Any]:
+    run.trace.emit("plan.made", plan=asdict(run.plan))
+    direct = not run.force and reads_directly(run.scope)
+    return {"route": "direct" if direct else "body"}
+
+
+async def _direct(run: RunContext, state: State) -> dict[str, Any]:
+    return await answer_pieces(run, whole_pieces(run.scope))

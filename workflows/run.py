@@ -1,0 +1,163 @@
+"""One run: what its nodes share. LangGraph's `context`, never checkpointed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+
+from agentctx.memory.errors import ModelError
+from agentctx.memory.types import Budget, Cost, Failure, Notice, Plan, Usage
+from agentctx.workflows.cache import LeafCache
+from agentctx.workflows.ledger import Ledger, limit_of
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import State
+from agentctx.workflows.trace import Trace
+
+# From this share of the user's budget on, a run that may not fit starts to finish.
+WIND_DOWN = 0.8
+
+
+class Stop:
+    """A request to end a run, from any thread. The first winds down, the second cancels."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.cancelled = False
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def request(self, reason: str) -> None:
+        """Ask the run to finish with what it has; asked again, to drop what is in flight too."""
+        with self._lock:
+            self.cancelled = self.reason is not None
+            self.reason = self.reason or reason
+            waiting = list(self._waiting)
+        for loop, event in waiting:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)
+
+    async def requested(self, *, twice: bool = False) -> None:
+        """Wait for a request; with `twice`, for the second."""
+        while not (self.cancelled if twice else self.reason):
+            event = asyncio.Event()
+            entry = (asyncio.get_running_loop(), event)
+            with self._lock:
+                self._waiting.append(entry)
+            try:
+                if not (self.cancelled if twice else self.reason):
+                    await event.wait()
+            finally:
+                with self._lock:
+                    self._waiting.remove(entry)
+
+
+@dataclass
+class RunContext:
+    """The model's door, the accounts and the stores of one run."""
+
+    run_id: str
+    scope: Scope
+    model: BaseChatModel
+    plan: Plan
+    cache: LeafCache
+    trace: Trace
+    stop: Stop = field(default_factory=Stop)
+    backoff: float = 0.5  # seconds before the first retry, doubled for each further one
+    grace: float = 10.0  # seconds that calls in flight get after a stop request
+    force: bool = False  # do not answer directly even if the input fits
+    warnings: list[Notice] = field(default_factory=list)
+    cached: int = 0
+    scored: int = 0
+    retried: int = 0
+    succeeded: int = 0
+    seen: State = field(default_factory=lambda: State())  # what the nodes gave so far, for a cancelled run
+    dead: Failure | None = None  # set when the model cannot be reached at all
+    dead_error: ModelError | None = None
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(
+            limit_of(self.scope.budget, self.plan.ceiling), hold=self.plan.hold, journal=self._journal
+        )
+        self.retries_left = self.plan.retry_pool
+        self.started = time.monotonic()
+        self.gate = asyncio.Semaphore(self.scope.profile.concurrency)
+        self.inflight: dict[str, asyncio.Task[object]] = {}
+        self.stopped_because: str | None = None
+
+    def seconds_left(self) -> float | None:
+        limit = self.scope.budget.seconds
+        return None if limit is None else limit - (time.monotonic() - self.started)
+
+    def winding_down(self) -> str | None:
+        """Why no new exploratory call may start, or None."""
+        reason = self.stop.reason or self._time_is_up() or self._budget_is_short()
+        if reason and not self.stopped_because:
+            self.stopped_because = reason
+            self.trace.emit("wind_down", reason=reason)
+        return reason
+
+    def see(self, update: Mapping[str, Any]) -> None:
+        """Keep a node's update at hand: a cancelled run concludes from it."""
+        for key, value in update.items():
+            old = self.seen.get(key)
+            merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            self.seen[key] = merged  # type: ignore[literal-required]
+
+    def take_retry(self) -> bool:
+        """Take one extra attempt from the run's pool, if one is left and the run is not ending."""
+        if not self.retries_left or self.stop.reason:
+            return False
+        self.retries_left -= 1
+        return True
+
+    def usage(self) -> Usage:
+        spent = self.ledger.spent
+        return Usage(
+            spent.calls,
+            spent.input_tokens,
+            spent.output_tokens,
+            round(time.monotonic() - self.started, 3),
+            self.cached,
+            self.scored,
+            self.retried,
+        )
+
+    def warn(self, code: str, message: str, source: str = "") -> None:
+        """Record something the user should know, once."""
+        notice = Notice(code, message, source)
+        if notice not in self.warnings:
+            self.warnings.append(notice)
+
+    def _time_is_up(self) -> str | None:
+        left = self.seconds_left()
+        if left is None:
+            return None
+        profile, hold = self.scope.profile, self.plan.hold
+        finish = hold.input_tokens / profile.rate_in + hold.output_tokens / profile.rate_out
+        # A finish longer than the whole budget must not forbid the start.
+        return "seconds" if left <= min(finish, (self.scope.budget.seconds or 0) * (1 - WIND_DOWN)) else None
+
+    def _budget_is_short(self) -> str | None:
+        if self.plan.ceiling.within(self.ledger.limit):
+            return None
+        used, limit = self.ledger.spent + self.ledger.reserved, self.ledger.limit
+        for name in ("calls", "input_tokens", "output_tokens"):
+            if getattr(used, name) >= WIND_DOWN * getattr(limit, name) and getattr(limit, name) < getattr(
+                self.plan.ceiling, name
+            ):
+                return name
+        return None
+
+    def _journal(self, event: str, data: dict[str, int]) -> None:
+        self.trace.emit(event, **data)
+
+
+def fits(budget: Budget, cost: Cost) -> bool:
+    """True if the budget allows the cost in every dimension."""
+    return cost.within(limit_of(budget, cost))

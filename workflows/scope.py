@@ -1,0 +1,77 @@
+"""What planning and running look at: the task, the documents and the model's facts.
+
+Everything derived from them (splits, packs, counted prompts) is computed once, deterministically, and kept,
+so that the plan that is shown and the run that follows use the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from langchain_core.messages import BaseMessage
+
+from agentctx.memory.types import Budget, Chunk, Document, Span
+from agentctx.workflows.ports import Counter, Reader
+from agentctx.workflows.profile import ModelProfile
+from agentctx.workflows.split import split
+from agentctx.workflows.state import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One task over one set of documents with one model. Documents keep the order they were opened in."""
+
+    task: Task
+    documents: Mapping[str, Document]
+    profile: ModelProfile
+    counter: Counter
+    tag: str
+    reader: Reader | None = None
+    budget: Budget = Budget()
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def keep(self, key: Any, make: Callable[[], T]) -> T:
+        """The value under `key`, made on first use."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+    def prompt_tokens(self, messages: Sequence[BaseMessage]) -> int:
+        """Tokens to reserve for a finished prompt; an estimate is raised by a quarter."""
+        count = self.counter.count_messages(messages)
+        return count if self.counter.exact else -(-count * 5 // 4)
+
+    def text_tokens(self, text: str) -> int:
+        """Tokens of a bare text, raised by a quarter where the counter estimates."""
+        count = self.counter.count_text(text)
+        return count if self.counter.exact else -(-count * 5 // 4)
+
+    def text(self, span: Span) -> str:
+        return self.documents[span.document_id].text[span.start : span.end]
+
+    def label(self, span: Span) -> str:
+        return self.documents[span.document_id].source
+
+    def labels(self) -> list[str]:
+        return [document.source for document in self.documents.values()]
+
+    def whole(self) -> list[Chunk]:
+        """Each document as one chunk."""
+        return self.keep(
+            "whole",
+            lambda: [
+                Chunk(Span(d.id, 0, len(d.text)), self.counter.count_text(d.text))
+                for d in self.documents.values()
+            ],
+        )
+
+    def chunks(self, limit: int) -> list[Chunk]:
+        """All documents split into chunks of at most `limit` tokens, in order."""
+        return self.keep(
+            ("chunks", limit),
+            lambda: [c for d in self.documents.values() for c in split(d, limit, self.counter)],
+        )

@@ -1,0 +1,153 @@
+"""One attempt at one model call: a place, a reservation, a deadline, and an honest account afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.utils import message_chunk_to_message
+
+from agentctx.memory.errors import ModelError
+from agentctx.memory.types import Cost, Failure, FailureKind
+from agentctx.workflows.roles import Role
+from agentctx.workflows.run import RunContext
+
+TIMEOUT = 600.0  # seconds for one call when the run has no time limit
+LONGEST_WAIT = 60.0  # seconds; an endpoint that asks for more is not waited for
+_KINDS: dict[str, FailureKind] = {
+    "rate_limit": "rate_limit",
+    "timeout": "timeout",
+    "overflow": "overflow",
+    "malformed": "parse",
+    "refused": "refusal",
+}
+_RETRYABLE = frozenset({"rate_limit", "timeout", "malformed", "unavailable"})
+_UNREAD = frozenset({"auth", "not_fetched", "overflow"})  # refused before a token was read
+_FATAL = frozenset({"auth", "not_fetched"})  # every further call would fail the same way
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What an attempt needs to know besides its messages."""
+
+    number: int
+    tokens: int  # of the finished prompt
+    finishing: bool
+    stream: bool
+    may_retry: bool
+
+
+async def attempt_call(
+    run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt
+) -> AIMessage | Failure:
+    """Send once. A retryable failure returns after its waiting time, so that the caller may try at once."""
+    async with run.gate:
+        refusal = _refusal(run, attempt)
+        if refusal:
+            return refusal
+        worst = Cost(1, attempt.tokens, role.max_output)
+        reservation = run.ledger.reserve(worst, finishing=attempt.finishing)
+        if reservation is None:
+            run.stopped_because = run.stopped_because or "budget"
+            return Failure("budget", f"the budget has no room for one more call of role {role.name}")
+        run.retried += attempt.number > 1
+        run.trace.emit("call.start", role=role.name, attempt=attempt.number, input_tokens=attempt.tokens)
+        actual = worst  # a call that failed, timed out or was cancelled may have been paid in full
+        error: ModelError | None = None
+        reply: AIMessage | None = None
+        try:
+            reply = await _send(run, role, messages, attempt)
+            actual = _used(reply, worst)
+        except TimeoutError:
+            error = ModelError(f"no reply within {_timeout(run):.0f} s", code="timeout")
+        except ModelError as caught:
+            error = caught
+            if caught.code in _UNREAD:
+                actual = Cost(1, 0, 0)
+        finally:
+            if not run.ledger.settle(reservation, actual):
+                run.trace.emit("overrun", role=role.name)
+                run.warn("soft_ceiling", "the endpoint used more tokens than it was allowed to")
+            run.trace.emit("call.end", role=role.name, ok=reply is not None)
+    if reply is not None:
+        run.succeeded += 1
+        return reply
+    assert error is not None
+    return await _failed(run, error, attempt)
+
+
+def _refusal(run: RunContext, attempt: Attempt) -> Failure | None:
+    if run.dead:
+        return run.dead
+    if not attempt.finishing and (reason := run.winding_down()):
+        return Failure("cancelled", f"the run is finishing: {reason}")
+    return None
+
+
+async def _failed(run: RunContext, error: ModelError, attempt: Attempt) -> Failure:
+    """Turn the error into a failure, wait if it is worth trying again, and notice a dead endpoint."""
+    retryable = error.code in _RETRYABLE and (error.retry_after or 0) <= LONGEST_WAIT
+    kind = _KINDS.get(error.code, "backend")
+    failure = Failure(kind, error.message, retryable=retryable, attempt=attempt.number)
+    if error.code in _FATAL or (error.code == "unavailable" and not attempt.may_retry and not run.succeeded):
+        run.dead = failure
+        run.dead_error = error
+    elif retryable and attempt.may_retry and run.retries_left:
+        await _pause(run, error.retry_after or run.backoff * 2 ** (attempt.number - 1))
+    return failure
+
+
+async def _pause(run: RunContext, seconds: float) -> None:
+    """Wait, but no longer than the run may take, and not beyond a stop request."""
+    left = run.seconds_left()
+    seconds = seconds if left is None else max(0.0, min(seconds, left))
+    try:
+        async with asyncio.timeout(seconds):
+            await run.stop.requested()
+    except TimeoutError:
+        return
+
+
+def _timeout(run: RunContext) -> float:
+    left = run.seconds_left()
+    return TIMEOUT if left is None else max(0.05, min(TIMEOUT, left))
+
+
+async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
+    """The call itself, ended by its timeout or by the grace time after a stop request."""
+    call = asyncio.create_task(_invoke(run, role, messages, attempt.stream))
+    stopped = asyncio.create_task(run.stop.requested())
+    try:
+        async with asyncio.timeout(_timeout(run)):
+            await asyncio.wait({call, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                async with asyncio.timeout(run.grace):
+                    await asyncio.wait({call})
+            return await call
+    finally:
+        for task in (call, stopped):
+            task.cancel()
+        await asyncio.gather(call, stopped, return_exceptions=True)
+
+
+async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], stream: bool) -> AIMessage:
+    if not stream:
+        reply = await run.model.ainvoke(list(messages), max_tokens=role.max_output)
+        return reply if isinstance(reply, AIMessage) else AIMessage(str(reply.text))
+    whole = None
+    async for chunk in run.model.astream(list(messages), max_tokens=role.max_output):
+        run.trace.emit("token", text=str(chunk.text))
+        whole = chunk if whole is None else whole + chunk
+    if whole is None:
+        raise ModelError("the model's stream held nothing", code="malformed")
+    message = message_chunk_to_message(whole)
+    return message if isinstance(message, AIMessage) else AIMessage(str(message.text))
+
+
+def _used(reply: AIMessage, worst: Cost) -> Cost:
+    """What the model says it used; a model that says nothing is charged the worst case."""
+    if reply.usage_metadata is None:
+        return worst
+    return Cost(1, reply.usage_metadata["input_tokens"], reply.usage_metadata["output_tokens"])

@@ -1,0 +1,222 @@
+"""Read every chunk on its own, then answer or merge from what the reads noted.
+
+    cut -> read ×L -> answer                  search: on the best 1, 2, 4, … notes until grounded
+                   -> reduce … -> finish      summarise: a tree of merges
+
+Cost: L reads and, for a search, at most ⌈log₂ L⌉ + 1 answers; for a summary R merges (`workflows.cost`).
+The typed combinators follow lambda-RLM (recursive language models over typed operators); the cost model is
+our own, because the published one makes many times the calls it plans.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from langgraph.types import Send
+
+from agentctx.memory.errors import ConfigError
+from agentctx.memory.types import Failure, Plan, Stage
+from agentctx.workflows import cost
+from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, is_grounded
+from agentctx.workflows.call import ask
+from agentctx.workflows.conclude import Covered
+from agentctx.workflows.cut import Cut, cut
+from agentctx.workflows.frame import Graph, Strategy, add_node
+from agentctx.workflows.notes import best_first, merge_level, no_information, notes_of, outline, pieces_of
+from agentctx.workflows.roles import GIST, MERGE, READ, SUMMARISE, Role
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import Part, Record, State
+
+SENDS = 512  # LangGraph tasks per superstep; more reads than that travel in batches
+GIST_TOKENS = 400  # a model that only reads is given short chunks
+
+
+@dataclass(frozen=True)
+class MapReduce(Strategy):
+    """`chunk_tokens` None: as large as the window allows. `quorum`: share of reads that must succeed."""
+
+    name: ClassVar[str] = "map_reduce"
+    chunk_tokens: int | None = None
+    fan_in: int | None = None
+    quorum: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 64:
+            raise ConfigError(f"chunk_tokens must be at least 64, got {self.chunk_tokens}")
+        if self.fan_in is not None and self.fan_in < 2:
+            raise ConfigError(f"fan_in must be at least 2, got {self.fan_in}")
+        if not 0 <= self.quorum <= 1:
+            raise ConfigError(f"quorum must be between 0 and 1, got {self.quorum}")
+
+    def per(self, scope: Scope) -> Part:
+        """How the input is divided into named parts."""
+        return scope.task.per
+
+    def cut(self, scope: Scope) -> Cut:
+        role = self.read_role(scope)
+        limit = self.chunk_tokens or (GIST_TOKENS if role is GIST else None)
+        return scope.keep((self, "cut"), lambda: cut(scope, role, self.per(scope), limit))
+
+    def read_role(self, scope: Scope) -> Role:
+        if scope.task.kind == "search":
+            return READ
+        return SUMMARISE if "writes" in scope.profile.tiers else GIST
+
+    def merge_fan_in(self, scope: Scope) -> int:
+        """How many summaries fit one merge, each taken at its cap."""
+        empty = scope.prompt_tokens(MERGE.render(scope.task.question, [("notes", "")], scope.tag))
+        label = empty - scope.prompt_tokens(MERGE.render(scope.task.question, [], scope.tag))
+        room = scope.profile.window - MERGE.max_output - empty
+        return min(self.fan_in or 64, room // (SUMMARISE.max_output + label))
+
+    def body_plan(self, scope: Scope) -> Plan:
+        made = self.cut(scope)
+        role = self.read_role(scope)
+        inputs = [read.input_tokens for read in made.reads]
+        stages = [cost.stage("read", role.name, inputs, role.max_output, scope.profile)]
+        largest = [max(inputs), role.max_output]
+        if scope.task.kind == "search":
+            finish = self._answer_stage(scope, len(inputs))
+        else:
+            finish = self._merge_stage(scope, made)
+        if finish.cost.calls:
+            stages.append(finish)
+            largest[0] = max(largest[0], scope.profile.window - largest[1])
+            largest[1] = max(largest[1], finish.cost.output_tokens // finish.cost.calls)
+        return cost.make_plan(
+            self.name,
+            {"chunk_tokens": made.chunk_tokens, "reads": len(made.reads), "parts": len(made.parts)},
+            stages,
+            largest_input=largest[0],
+            largest_output=largest[1],
+            hold=finish.cost,
+            coverage=1.0,
+            supersteps=8 + len(self._tree(scope, made).levels),
+            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+        )
+
+    def _answer_stage(self, scope: Scope, reads: int) -> Stage:
+        """Doubling: 1, 2, 4, … notes, each at its cap, never more than the window takes."""
+        role = answer_role(scope.profile)
+        empty, output = answer_input(scope, [])
+        sizes = [min(2**k, reads) for k in range(math.ceil(math.log2(reads)) + 1 if reads > 1 else 1)]
+        room = scope.profile.window - output
+        inputs = [min(room, empty + size * (READ.max_output + 64)) for size in sizes]
+        return cost.stage("answer", role.name, inputs, output, scope.profile, waves=len(inputs))
+
+    def _tree(self, scope: Scope, made: Cut) -> cost.Tree:
+        """All levels of all parts together; a model that does not write merges nothing."""
+        if scope.task.kind == "search" or "writes" not in scope.profile.tiers:
+            return cost.Tree(())
+        fan_in = self.merge_fan_in(scope)
+        levels: list[int] = []
+        for part in range(len(made.parts)):
+            mine = cost.tree(sum(read.part == part for read in made.reads), fan_in).levels
+            for depth, count in enumerate(mine):
+                if depth == len(levels):
+                    levels.append(0)
+                levels[depth] += count
+        return cost.Tree(tuple(levels))
+
+    def _merge_stage(self, scope: Scope, made: Cut) -> Stage:
+        merges = self._tree(scope, made).merges
+        room = scope.profile.window - MERGE.max_output
+        return cost.stage("merge", MERGE.name, [room] * merges, MERGE.max_output, scope.profile)
+
+    def body(self, graph: Graph) -> str:
+        add_node(graph, "cut", self._cut)
+        add_node(graph, "read", self._read)
+        add_node(graph, "answer", self._answer)
+        add_node(graph, "reduce", self._reduce)
+        graph.add_conditional_edges("cut", _fan_out, ["read"])
+        graph.add_edge("read", "gather")
+        add_node(graph, "gather", self._gather)
+        graph.add_conditional_edges("gather", lambda state: state["route"], ["answer", "reduce"])
+        graph.add_edge("answer", "verify")
+        graph.add_conditional_edges("reduce", lambda state: state["route"], ["reduce", "verify"])
+        return "cut"
+
+    async def _cut(self, run: RunContext, state: State) -> dict[str, Any]:
+        return {"n_reads": len(self.cut(run.scope).reads)}
+
+    async def _read(self, run: RunContext, state: State) -> dict[str, Any]:
+        """One batch of reads, each an independent call."""
+        made = self.cut(run.scope)
+        role = self.read_role(run.scope)
+        numbers = range(*state["batch"])
+
+        async def one(number: int) -> tuple[int, Record | Failure]:
+            pieces = made.pieces(run.scope, made.reads[number])
+            result = await ask(run, role, run.scope.task.question, pieces)
+            if isinstance(result, Record):
+                run.see({"reads": {str(number): result.id}})
+            return number, result
+
+        results = await asyncio.gather(*(one(number) for number in numbers))
+        return {
+            "reads": {str(n): r.id for n, r in results if isinstance(r, Record)},
+            "failures": {str(n): asdict(r) for n, r in results if isinstance(r, Failure)},
+        }
+
+    async def _gather(self, run: RunContext, state: State) -> dict[str, Any]:
+        """All reads are in: go on to answer, or to merge part by part."""
+        made = self.cut(run.scope)
+        done = state.get("reads", {})
+        if len(done) < self.quorum * len(made.reads):
+            run.warn("quorum", f"only {len(done)} of {len(made.reads)} reads succeeded")
+        if run.scope.task.kind == "search":
+            return {"route": "answer"}
+        groups: list[list[str]] = [[] for _ in made.parts]
+        for number, read in enumerate(made.reads):
+            if str(number) in done:
+                groups[read.part].append(done[str(number)])
+        return {"route": "reduce", "groups": groups}
+
+    async def _answer(self, run: RunContext, state: State) -> dict[str, Any]:
+        """Answer from the best 1, 2, 4, … notes; the first answer that code finds grounded ends it."""
+        notes = best_first(notes_of(run, self.cut(run.scope), state.get("reads", {})))
+        update: dict[str, Any] = {}
+        size = 1
+        while notes:
+            pieces = pieces_of(run.scope, notes[:size])
+            update = await answer_pieces(run, pieces)
+            if size >= len(notes) or is_grounded(run, update):
+                break
+            size *= 2
+        return update or {"draft": no_information(run)}
+
+    async def _reduce(self, run: RunContext, state: State) -> dict[str, Any]:
+        """One level of the tree, all parts at once; at the top the parts' points become the draft."""
+        groups = state["groups"]
+        if "writes" in run.scope.profile.tiers and any(len(group) > 1 for group in groups):
+            fan_in = self.merge_fan_in(run.scope)
+            groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
+            if any(len(group) > 1 for group in groups):
+                return {"route": "reduce", "groups": groups}
+        made = self.cut(run.scope)
+        return {
+            "route": "verify",
+            "groups": groups,
+            "draft": outline(run, made, groups, state.get("reads", {})),
+        }
+
+    def covered(self, scope: Scope, state: State) -> Covered:
+        made = self.cut(scope)
+
+        def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
+            return frozenset(i for n in numbers for i in made.reads[int(n)].chunks)
+
+        failed = [n for n, f in state.get("failures", {}).items() if f["kind"] not in ("cancelled", "budget")]
+        return Covered(made.chunks, read=chunks_of(state.get("reads", {})), failed=chunks_of(failed))
+
+
+def _fan_out(state: State) -> list[Send]:
+    """At most SENDS tasks, each a contiguous batch of read numbers."""
+    reads = state["n_reads"]
+    size = -(-reads // SENDS)
+    return [Send("read", {"batch": [at, min(at + size, reads)]}) for at in range(0, reads, size)]

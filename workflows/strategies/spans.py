@@ -1,0 +1,148 @@
+"""Rank passages without generating, read the best, answer from them.
+
+    split -> rank -> answer
+
+BM25 ranks all passages, the Reader's query likelihood re-ranks the best of them (method `likelihood`), and the
+best few are read in one call. Cost: one call, and the tokens of the passages that were scored. `lexical` needs
+no Reader and scores nothing.
+Query likelihood: Ponte and Croft, 1998; with a language model's probabilities: https://arxiv.org/abs/2204.07496.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from agentctx.memory.errors import ConfigError
+from agentctx.memory.types import Chunk, Plan
+from agentctx.workflows import cost
+from agentctx.workflows.answering import Piece, answer_input, answer_pieces, answer_role
+from agentctx.workflows.conclude import Covered
+from agentctx.workflows.frame import Graph, Strategy, add_node
+from agentctx.workflows.meter import MeteredReader, Refused
+from agentctx.workflows.pick import pick_cost
+from agentctx.workflows.rank import rank, rank_cost
+from agentctx.workflows.roles import SHORT_ANSWER
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.split import MIN_TOKENS
+from agentctx.workflows.state import State
+
+Method = Literal["auto", "likelihood", "lexical"]
+
+
+@dataclass(frozen=True)
+class Spans(Strategy):
+    """`keep` tokens of passages are read, `candidates` passages are scored, each of `passage_tokens` at most.
+
+    `keep` None: half the reliable window for a model that writes, one passage for one that only reads.
+    """
+
+    name: ClassVar[str] = "spans"
+    method: Method = "auto"
+    keep: int | None = None
+    candidates: int = 50
+    passage_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        if self.method not in ("auto", "likelihood", "lexical"):
+            raise ConfigError(f"method must be auto, likelihood or lexical, got {self.method!r}")
+        if self.passage_tokens < MIN_TOKENS:
+            raise ConfigError(f"passage_tokens must be at least {MIN_TOKENS}, got {self.passage_tokens}")
+        if self.candidates < 1:
+            raise ConfigError(f"candidates must be at least 1, got {self.candidates}")
+
+    def scores(self, scope: Scope) -> bool:
+        """True if the Reader re-ranks. Raises ConfigError if it should and there is none."""
+        if self.method == "likelihood" and scope.reader is None:
+            raise ConfigError(
+                f"{scope.profile.name} cannot score text without generating",
+                hint="use --strategy recursive, or method=lexical",
+            )
+        return scope.reader is not None and self.method != "lexical"
+
+    def passages(self, scope: Scope) -> list[Chunk]:
+        return scope.chunks(min(self.passage_tokens, scope.profile.window // 2))
+
+    def room(self, scope: Scope) -> int:
+        """Tokens of passages that are read."""
+        if self.keep:
+            return self.keep
+        return scope.profile.window // 2 if "writes" in scope.profile.tiers else self.passage_tokens
+
+    def body_plan(self, scope: Scope) -> Plan:
+        passages = self.passages(scope)
+        texts = [scope.text(passage.span) for passage in passages]
+        question, profile = scope.task.question, scope.profile
+        stages = []
+        if self.scores(scope):
+            tokens = rank_cost(question, texts, reader=scope.reader, candidates=self.candidates)
+            stages.append(cost.scoring("rank", tokens, profile))
+        role = answer_role(profile)
+        empty, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
+        # Each kept passage stands between its own delimiters; their number is bounded by what fits.
+        most = max(1, self.room(scope) // MIN_TOKENS + 1)
+        largest = min(
+            profile.context - output, empty * most + self.room(scope) * 5 // 4 + self.passage_tokens
+        )
+        stages.append(cost.stage("answer", role.name, [largest], output, profile))
+        hold = stages[-1].cost
+        if role is SHORT_ANSWER and scope.reader:
+            longest = sorted(texts, key=len)[-most:]
+            looked = pick_cost(question, longest, reader=scope.reader) * 2
+            stages.append(cost.scoring("pick", looked, profile))
+            hold += stages[-1].cost
+        return cost.make_plan(
+            self.name,
+            {"passages": len(passages), **asdict(self)},
+            stages,
+            largest_input=largest,
+            largest_output=output,
+            hold=hold,
+            coverage=min(1.0, self.room(scope) / max(1, sum(p.tokens for p in passages))),
+            supersteps=8,
+            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+        )
+
+    def body(self, graph: Graph) -> str:
+        add_node(graph, "rank", self._rank)
+        add_node(graph, "answer", self._answer)
+        graph.add_edge("rank", "answer")
+        graph.add_edge("answer", "verify")
+        return "rank"
+
+    async def _rank(self, run: RunContext, state: State) -> dict[str, Any]:
+        """Order the passages; `order` holds the kept ones, best first, `scored` those the Reader saw."""
+        scope = run.scope
+        passages = self.passages(scope)
+        texts = [scope.text(passage.span) for passage in passages]
+        reader = MeteredReader(run) if self.scores(scope) else None
+        try:
+            ranking = await rank(scope.task.question, texts, reader=reader, candidates=self.candidates)
+        except Refused as refused:
+            run.warn("ranked_by_words", f"the passages were ranked by words alone ({refused})")
+            ranking = await rank(scope.task.question, texts, reader=None, candidates=self.candidates)
+        kept: list[int] = []
+        room = self.room(scope)
+        for index in ranking.order:
+            room -= passages[index].tokens
+            if kept and room < 0:
+                break
+            kept.append(index)
+        return {"kept": kept, "scored": sorted(ranking.scored)}
+
+    async def _answer(self, run: RunContext, state: State) -> dict[str, Any]:
+        passages = self.passages(run.scope)
+        # A model reads best what comes in the order of the source.
+        pieces = [
+            Piece(run.scope.label(passages[i].span), run.scope.text(passages[i].span), passages[i].span)
+            for i in sorted(state["kept"])
+        ]
+        return await answer_pieces(run, pieces)
+
+    def covered(self, scope: Scope, state: State) -> Covered:
+        kept = frozenset(state.get("kept", ()))
+        failed = kept if state.get("failures") else frozenset()
+        return Covered(
+            self.passages(scope), read=kept - failed, failed=failed, scored=frozenset(state.get("scored", ()))
+        )
