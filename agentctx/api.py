@@ -289,7 +289,7 @@ class Context:
 def _corpus(
     sources: Source | Sequence[Source], text: str | None, selection: Selection, stdin: BinaryIO | None
 ) -> Corpus:
-    """What the caller gave, in the order given: files and directories read, documents and text as they are."""
+    """What the caller gave: documents and text as they are, then files and directories, read in order."""
     given = [sources] if isinstance(sources, str | Path | Document) else list(sources)
     ready = [source for source in given if isinstance(source, Document)]
     if text is not None:

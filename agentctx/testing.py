@@ -1,4 +1,4 @@
-"""Public test doubles: a chat model that answers by a function, one that fails on purpose, a Reader, a counter.
+"""Public test doubles: a scripted chat model, one that fails on purpose, a Reader, a counter.
 
 They let a workflow be tested without weights: every call is recorded, usage is exact.
 """

@@ -23,7 +23,7 @@ FINER = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One call: the chunks it reads (indices into `Cut.chunks`), the part they belong to, its prompt's tokens."""
+    """One call: the chunks it reads (indices into `Cut.chunks`), their part, its prompt's tokens."""
 
     part: int
     chunks: tuple[int, ...]
@@ -62,8 +62,8 @@ def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
             return made
         chunk_tokens = int(chunk_tokens * FINER)
     raise ConfigError(
-        f"the role {role.name} needs {empty + label + role.max_output:,} tokens besides the text, which leaves "
-        f"less than {MIN_TOKENS} of the window of {scope.profile.window:,}",
+        f"the role {role.name} needs {empty + label + role.max_output:,} tokens besides the text, "
+        f"which leaves less than {MIN_TOKENS} of the window of {scope.profile.window:,}",
         hint="ask a shorter question, or use a model with a larger window",
     )
 

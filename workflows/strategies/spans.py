@@ -2,10 +2,10 @@
 
     split -> rank -> answer
 
-BM25 ranks all passages, the Reader's query likelihood re-ranks the best of them (method `likelihood`), and the
-best few are read in one call. Cost: one call, and the tokens of the passages that were scored. `lexical` needs
-no Reader and scores nothing.
-Query likelihood: Ponte and Croft, 1998; with a language model's probabilities: https://arxiv.org/abs/2204.07496.
+BM25 ranks all passages, the Reader's query likelihood re-ranks the best of them (`likelihood`), and the best
+few are read in one call. Cost: one call, and the tokens of the passages that were scored. `lexical` needs no
+Reader and scores nothing. Query likelihood: Ponte and Croft, 1998; by a language model's probabilities:
+https://arxiv.org/abs/2204.07496.
 """
 
 from __future__ import annotations
