@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentctx.memory.atomic import write_atomic
+from agentctx.memory.atomic import write_bytes
 from agentctx.memory.errors import InputError, StoreError
 from agentctx.workflows.trace import read_trace
 
@@ -50,7 +50,7 @@ class Runs:
 
     def write(self, run_id: str, manifest: dict[str, Any]) -> None:
         text = json.dumps({"schema": SCHEMA, **manifest}, ensure_ascii=False, indent=1)
-        write_atomic(self.folder(run_id) / "run.json", text.encode("utf-8", "surrogatepass"))
+        write_bytes(self.folder(run_id) / "run.json", text.encode("utf-8", "surrogatepass"))
 
     def manifest(self, run_id: str) -> dict[str, Any]:
         """The manifest. Raises InputError for an unknown id, StoreError for a damaged or newer one."""

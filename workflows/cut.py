@@ -117,9 +117,9 @@ def _top_level(document: Document) -> list[tuple[int, str]]:
     headings = [(x.start, str(x.value)) for x in document.locators if x.kind == "heading"]
     if not headings:
         return []
-    # A heading's value is its path, "Part / Section"; a lone title above everything is no division.
-    for depth in range(1, max(name.count(" / ") for _, name in headings) + 2):
-        level = [(start, name) for start, name in headings if name.count(" / ") < depth]
+    # A heading's value is its path, "Part > Section"; a lone title above everything is no division.
+    for depth in range(1, max(name.count(" > ") for _, name in headings) + 2):
+        level = [(start, name) for start, name in headings if name.count(" > ") < depth]
         if len(level) > 1:
             return level
     return headings

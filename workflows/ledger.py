@@ -65,6 +65,7 @@ class Ledger:
         self._parent = parent
         self._journal = journal
         self._open: dict[int, Reservation] = {}
+        self._root: Ledger = parent._root if parent else self
         self._next = 0
 
     def child(self, limit: Cost) -> Ledger:
@@ -83,8 +84,10 @@ class Ledger:
         """
         if not self._fits(cost, finishing):
             return None
-        self._next += 1
-        reservation = Reservation(self._next, cost)
+        # Numbered by the root: all nodes share one journal.
+        root = self._root
+        root._next += 1
+        reservation = Reservation(root._next, cost)
         self._take(reservation)
         return reservation
 

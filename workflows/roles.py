@@ -69,7 +69,7 @@ class Role:
     closing: str = "Question: {question}"
 
     def render(self, question: str, pieces: Sequence[tuple[str, str]], tag: str) -> list[BaseMessage]:
-        """The finished prompt: (label, text) pieces first, fenced, so prefixes are shared; the question last."""
+        """The finished prompt: fenced (label, text) pieces first, so that prefixes are shared; question last."""
         system = self.instruction
         if pieces:
             system += " " + DATA_RULE.format(tag=tag)
