@@ -1,0 +1,136 @@
+"""The fetched models on this machine: fetch, list, remove, and the folder to load one from.
+
+One lock per model covers fetching, converting and removing; a reader needs none, because a folder appears
+under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.models.convert import convert
+from agentctx.models.disk import disk_errors, private_folder
+from agentctx.models.fetch import Progress, announce, fetch_gguf
+from agentctx.models.manifest import Manifest, sha256
+from agentctx.models.table import TABLE, Entry
+from agentctx.paths import Paths
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A row of `agentctx models ls`."""
+
+    name: str
+    ready: bool  # False: it would be fetched at its first use
+    context: int  # tokens
+    size: int  # bytes on disk, or of the download where not ready
+    sha256: str  # of the published file
+    licence: str
+
+
+def installed(paths: Paths) -> list[Installed]:
+    """Every model of the table and whether it is here."""
+    return [_row(entry, Manifest.read(_ready(entry, paths))) for entry in TABLE.values()]
+
+
+def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | None = None) -> Path:
+    """Fetch, check and convert the model `name`, repairing what is damaged; returns its folder.
+
+    ConfigError for an unknown name; ModelError `not_fetched`, `wrong_hash` or `no_space`.
+    """
+    return _prepare(entry_named(name), paths, wheel=wheel, offline=False, progress=progress, repair=True)
+
+
+def ensure(entry: Entry, paths: Paths, *, offline: bool = False, progress: Progress = announce) -> Path:
+    """The folder of `entry`, fetched and converted first if it is not here; loading checks its hashes."""
+    ready = _ready(entry, paths)
+    if Manifest.read(ready) is not None:
+        return ready
+    return _prepare(entry, paths, wheel=None, offline=offline, progress=progress, repair=False)
+
+
+def converted(gguf: Path, paths: Paths, *, progress: Progress = announce) -> Path:
+    """The folder made of a GGUF file that the user has, kept for its next use under the hash of the file."""
+    with disk_errors(paths.models):
+        key = f"gguf-{sha256(gguf)[:16]}"
+    folder = paths.models / key
+    with _locked(key, paths, progress):
+        if Manifest.read(folder) is None:
+            convert(gguf, folder, name=gguf.stem, progress=progress)
+    return folder
+
+
+def remove(name: str, paths: Paths) -> int:
+    """Delete the model's files; returns the bytes that were freed."""
+    entry = entry_named(name)
+    folder = paths.models / entry.name
+    if not folder.exists():
+        return 0
+    with _locked(entry.name, paths, announce), disk_errors(folder):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder)
+    return size
+
+
+def entry_named(name: str) -> Entry:
+    """The table's entry; ConfigError naming the known ones."""
+    if name not in TABLE:
+        raise ConfigError(f"no model {name!r} can be fetched", hint=f"known: {', '.join(sorted(TABLE))}")
+    return TABLE[name]
+
+
+def _prepare(
+    entry: Entry, paths: Paths, *, wheel: Path | None, offline: bool, progress: Progress, repair: bool
+) -> Path:
+    ready = _ready(entry, paths)
+    with _locked(entry.name, paths, progress):
+        if Manifest.read(ready) is not None and not (repair and _is_damaged(ready)):
+            return ready
+        with disk_errors(ready):
+            if ready.exists():
+                shutil.rmtree(ready)
+        gguf = fetch_gguf(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
+        convert(gguf, ready, name=entry.name, progress=progress)
+    return ready
+
+
+@contextmanager
+def _locked(name: str, paths: Paths, progress: Progress) -> Iterator[None]:
+    with disk_errors(paths.models):
+        private_folder(paths.models)
+    lock = FileLock(paths.models / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        progress(f"another process is preparing {name}; waiting for it", 0, None)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_damaged(folder: Path) -> bool:
+    manifest = Manifest.read(folder)
+    try:
+        if manifest is not None:
+            manifest.verify(folder)
+    except ModelError:
+        return True
+    return manifest is None
+
+
+def _ready(entry: Entry, paths: Paths) -> Path:
+    return paths.models / entry.name / "safetensors"
+
+
+def _row(entry: Entry, manifest: Manifest | None) -> Installed:
+    size = entry.wheel.size if manifest is None else manifest.size + entry.gguf.size
+    return Installed(entry.name, manifest is not None, entry.context, size, entry.gguf.sha256, entry.licence)

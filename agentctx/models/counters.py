@@ -1,0 +1,53 @@
+"""Counting tokens: exactly for a local model, by estimate for an endpoint whose tokenizer we do not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from langchain_core.messages import BaseMessage
+
+from agentctx.models.template import ChatTemplate
+
+_MESSAGE = 8  # tokens of a template around one message, generously
+_PROMPT = 24  # and around the whole: a default system prompt, the opening of the answer
+
+# One match is one token of the estimate: five letters, a digit, a few blanks, a mark, or any other character.
+_TOKEN = re.compile(r"[a-zA-Z]{1,5}|\d|\n+|[^\S\n]{2,8}|(?!\s)[\x21-\x7e]|[^\x00-\x7f]")
+_ASTRAL = re.compile(r"[\U00010000-\U0010ffff]")  # emoji and rare scripts: up to three tokens
+
+
+class TemplateCounter:
+    """The number of ids that `LocalChat` sends."""
+
+    exact = True
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+
+    def count_text(self, text: str) -> int:
+        """Tokens of the bare text."""
+        return len(self._template.encode_text(text))
+
+    def count_messages(self, messages: Sequence[BaseMessage]) -> int:
+        """Tokens of the finished prompt."""
+        return len(self._template.encode(messages))
+
+
+class EstimateCounter:
+    """An estimate from characters and words that rather counts too many: a plan must be a ceiling."""
+
+    exact = False
+
+    def count_text(self, text: str) -> int:
+        """Tokens of the bare text, estimated."""
+        return len(_TOKEN.findall(text)) + 2 * len(_ASTRAL.findall(text))
+
+    def count_messages(self, messages: Sequence[BaseMessage]) -> int:
+        """Tokens of the finished prompt, estimated."""
+        return _PROMPT + sum(_MESSAGE + self.count_text(str(message.text)) for message in messages)
+
+
+def least_tokens(messages: Sequence[BaseMessage]) -> int:
+    """Tokens that no usual tokenizer goes below: one per word, because merges do not cross blanks."""
+    return sum(len(str(message.text).split()) for message in messages)

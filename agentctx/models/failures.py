@@ -1,0 +1,38 @@
+"""Errors of a running model that more than one of its kinds raises."""
+
+from __future__ import annotations
+
+from langchain_core.exceptions import ContextOverflowError
+
+from agentctx.memory.errors import ModelError
+
+
+class ContextOverflow(ModelError, ContextOverflowError):
+    """The prompt and the requested answer do not fit the window; both trees of errors know it."""
+
+    code = "overflow"
+
+
+def overflow(prompt: int, answer: int, context: int) -> ContextOverflow:
+    """The error for `prompt` and `answer` tokens in a window of `context`."""
+    return ContextOverflow(
+        f"a prompt of {prompt} tokens and an answer of up to {answer} exceed the window of {context} tokens",
+        hint="split the text, ask for a shorter answer, or choose a model with a larger window",
+    )
+
+
+def out_of_memory(name: str) -> ModelError:
+    return ModelError(
+        f"not enough memory for the model {name}",
+        code="out_of_memory",
+        hint="close other programs, shorten the prompt, or choose a smaller model",
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's, CUDA's and the CPU allocator's ways of saying so."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

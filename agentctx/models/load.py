@@ -1,0 +1,137 @@
+"""From the name of a model to everything a run needs of it: chat model, profile, counter, reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agentctx.memory.errors import ConfigError
+from agentctx.memory.types import Notice
+from agentctx.models.fetch import Progress, announce
+from agentctx.models.table import TABLE, Entry
+from agentctx.paths import Paths
+from agentctx.workflows.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+    from agentctx.models.manifest import Manifest
+    from agentctx.models.weights import Weights
+    from agentctx.workflows.ports import Counter, Reader
+
+ENDPOINT = "openai:"
+KV_BYTES = 2 << 30  # memory that a reader may fill with KV of texts
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is ready to be asked."""
+
+    chat: BaseChatModel
+    profile: ModelProfile
+    counter: Counter
+    reader: Reader | None  # None: the model can only generate
+    warnings: tuple[Notice, ...] = ()
+
+
+def open_model(
+    name: str,
+    *,
+    base_url: str | None = None,
+    paths: Paths,
+    offline: bool = False,
+    window: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
+
+    `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
+    download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
+    """
+    report = progress or announce
+    if name.startswith(ENDPOINT):
+        from agentctx.models.endpoint import open_endpoint
+
+        return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
+    if base_url is not None:
+        raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
+    if name in TABLE:
+        return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
+    place = _find(name, offline=offline, progress=report)
+    if place.is_dir():
+        return _open_folder(place, name, window=window)
+    return _open_gguf(place, paths, window=window, progress=report)
+
+
+def _open_fetched(
+    entry: Entry, paths: Paths, *, offline: bool, window: int | None, progress: Progress
+) -> Model:
+    from agentctx.models.catalog import ensure
+    from agentctx.models.manifest import Manifest
+
+    folder = ensure(entry, paths, offline=offline, progress=progress)
+    return _open_folder(folder, entry.name, window=window, entry=entry, manifest=Manifest.read(folder))
+
+
+def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
+    from agentctx.models.catalog import converted
+    from agentctx.models.manifest import Manifest
+
+    if file.suffix != ".gguf":
+        raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
+    folder = converted(file, paths, progress=progress)
+    return _open_folder(folder, file.stem, window=window, manifest=Manifest.read(folder))
+
+
+def _open_folder(
+    folder: Path,
+    name: str,
+    *,
+    window: int | None,
+    entry: Entry | None = None,
+    manifest: Manifest | None = None,
+) -> Model:
+    from agentctx.models.weights import Weights
+
+    weights = Weights.load(folder, name=name, verify=manifest)
+    context = weights.context if window is None else window
+    if context > weights.context:
+        raise ConfigError(f"a window of {window} tokens is more than the {weights.context} that {name} takes")
+    profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
+    if entry is not None:
+        profile = _measured(profile, entry)
+    return _assemble(weights, profile)
+
+
+def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
+    from dataclasses import replace
+
+    return replace(profile, reliable=entry.reliable, tiers=entry.tiers, rate_in=900.0, rate_out=18.0)
+
+
+def _assemble(weights: Weights, profile: ModelProfile) -> Model:
+    from agentctx.models.counters import TemplateCounter
+    from agentctx.models.local import LocalChat
+
+    chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context)
+    # READER: TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=KV_BYTES)
+    reader = None
+    return Model(chat, profile, TemplateCounter(chat.template), reader)
+
+
+def _find(name: str, *, offline: bool, progress: Progress) -> Path:
+    """The place of a model that the user named: a path, or a hub id, whose files are brought here first."""
+    place = Path(name).expanduser()
+    if place.exists():
+        return place
+    looks_like_path = place.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_like_path:
+        raise ConfigError(
+            f"there is no model {name!r}",
+            hint=f"known: {', '.join(sorted(TABLE))}; or name a folder, a .gguf file, a hub id (owner/name) "
+            f"or {ENDPOINT}NAME",
+        )
+    from agentctx.models.hub import snapshot
+
+    return snapshot(name, offline=offline, progress=progress)

@@ -1,0 +1,193 @@
+"""A model on this machine as a LangChain chat model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import run_in_executor
+from pydantic import Field, PrivateAttr
+
+from agentctx.memory.errors import ConfigError
+from agentctx.models.decode import Sampling, generate
+from agentctx.models.failures import overflow
+from agentctx.models.stops import StopFilter
+from agentctx.models.template import ChatTemplate
+from agentctx.models.weights import Weights
+
+DEFAULT_ANSWER = 512  # tokens, where the caller names no limit
+_PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    prompt: list[int]
+    prefill: str
+    most: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+class LocalChat(BaseChatModel):
+    """Greedy by default, streaming, with exact usage; several calls at once take turns token by token.
+
+    A prompt that leaves no room for `max_tokens` raises `ContextOverflow`; nothing is ever cut. With
+    `prefill` the reply is made to begin with that text, which is part of what is returned. `temperature`,
+    `top_p`, `max_tokens`, `seed` and `prefill` may also be given per call or through `bind`.
+    """
+
+    weights: Weights = Field(exclude=True, repr=False)
+    model_name: str
+    context: int  # tokens, prompt and answer together
+    max_tokens: int | None = None  # of the answer; None: up to 512, or what the window leaves
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: list[str] | None = None
+    seed: int | None = None
+    prefill: str = ""
+    _template: ChatTemplate = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Refuse a model without a chat template at once."""
+        super().model_post_init(context)
+        self._template = ChatTemplate(self.weights.tokenizer)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What turns messages into tokens; a counter over it counts exactly what is sent."""
+        return self._template
+
+    @property
+    def _llm_type(self) -> str:
+        return "agentctx-local"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        names = ("model_name", "max_tokens", "temperature", "top_p", "stop", "seed", "prefill")
+        return {"fingerprint": self.weights.fingerprint} | {name: getattr(self, name) for name in names}
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return self._complete(self._request(messages, stop, kwargs), threading.Event())
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        cancelled = threading.Event()
+        try:
+            request = await run_in_executor(None, self._request, messages, stop, kwargs)
+            return await run_in_executor(None, self._complete, request, cancelled)
+        finally:
+            cancelled.set()
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        yield from self._chunks(self._request(messages, stop, kwargs), threading.Event())
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        cancelled = threading.Event()
+        try:
+            request = await run_in_executor(None, self._request, messages, stop, kwargs)
+            chunks = self._chunks(request, cancelled)
+            while (chunk := await run_in_executor(None, next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            cancelled.set()
+
+    def _request(
+        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]
+    ) -> _Request:
+        if unknown := sorted(options.keys() - _PER_CALL):
+            raise ConfigError(
+                f"a local model does not take {', '.join(unknown)}",
+                hint=f"known: {', '.join(sorted(_PER_CALL))}",
+            )
+        chosen = {name: options.get(name, getattr(self, name)) for name in _PER_CALL}
+        prompt = self._template.encode(messages, prefill=chosen["prefill"])
+        left = self.context - len(prompt)
+        most = chosen["max_tokens"]
+        if most is None:
+            most = min(DEFAULT_ANSWER, max(left, 1))
+        if most < 1:
+            raise ConfigError(f"an answer of {most} tokens cannot be generated")
+        if most > left:
+            raise overflow(len(prompt), most, self.context)
+        sampling = Sampling(chosen["temperature"], chosen["top_p"], chosen["seed"])
+        return _Request(prompt, chosen["prefill"], most, sampling, tuple(stop or self.stop or ()))
+
+    def _complete(self, request: _Request, cancelled: threading.Event) -> ChatResult:
+        chunks = list(self._chunks(request, cancelled))
+        last = chunks[-1].message
+        message = AIMessage(
+            content="".join(chunk.text for chunk in chunks),
+            response_metadata=last.response_metadata,
+            usage_metadata=last.usage_metadata if isinstance(last, AIMessageChunk) else None,
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _chunks(self, request: _Request, cancelled: threading.Event) -> Iterator[ChatGenerationChunk]:
+        """Text as it comes, then one chunk without text that carries usage and the reason for ending."""
+        from tokenizers.decoders import DecodeStream
+
+        if request.prefill:
+            yield _text_chunk(request.prefill)
+        decoder, text, count, reason = (
+            DecodeStream(skip_special_tokens=True),
+            StopFilter(request.stop),
+            0,
+            "length",
+        )
+        for token in generate(
+            self.weights, request.prompt, most=request.most, sampling=request.sampling, cancelled=cancelled
+        ):
+            count += 1
+            if token in self.weights.ends:
+                reason = "stop"
+                break
+            if piece := text.feed(decoder.step(self._template.backend, token) or ""):
+                yield _text_chunk(piece)
+            if text.stopped:
+                reason = "stop"
+                break
+        if rest := text.flush():
+            yield _text_chunk(rest)
+        yield self._last_chunk(len(request.prompt), count, reason)
+
+    def _last_chunk(self, prompt: int, answer: int, reason: str) -> ChatGenerationChunk:
+        message = AIMessageChunk(
+            content="",
+            response_metadata={"model_name": self.model_name, "finish_reason": reason},
+            usage_metadata={"input_tokens": prompt, "output_tokens": answer, "total_tokens": prompt + answer},
+            chunk_position="last",
+        )
+        return ChatGenerationChunk(message=message)
+
+
+def _text_chunk(text: str) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content=text))

@@ -1,0 +1,231 @@
+"""A causal language model in memory: tokenizer, torch model, and the lock that orders their use.
+
+Reads a Hugging Face folder of safetensors; never a pickle, never code that ships with weights. Loading is
+kept short: the tokenizer is built from tokenizer.json directly (the class that AutoTokenizer looks up costs
+a second of imports and gives the same tokens), hashes are checked beside the import of torch, and the garbage
+collector rests while half a million objects are imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentctx.memory.errors import ModelError
+from agentctx.models.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOADER = "1"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
+_BLOCK = 1 << 20
+
+
+class Weights:
+    """What `LocalChat` and a reader share. Hold `lock` for one forward pass, never while waiting."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, fingerprint: str
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint  # of files, dtype and loader
+        self.lock = threading.Lock()
+        self.context = _context(model, name)  # tokens
+        self.ends = _end_tokens(model, tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, *, name: str, verify: Manifest | None = None) -> Weights:
+        """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
+
+        `verify` is the list of files that must hash as written.
+        """
+        _check_files(folder)
+        with _collector_resting(), ThreadPoolExecutor(1) as beside:
+            identity = beside.submit(_identity, folder, verify)
+            go_offline()
+            dtype, device = _choose_device()
+            content = identity.result()  # before anything of the files is used
+            model, tokenizer = _read(folder, dtype, name)
+        fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
+        with _memory_errors(name):
+            ready: Any = model.requires_grad_(False).to(device)
+            ready.eval()
+        return cls(model, tokenizer, name=name, fingerprint=fingerprint)
+
+
+def go_offline() -> None:
+    """Keep the hub client off the network; it reads this once, when it is imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
+
+    try:
+        with _memory_errors(name):
+            return _read_folder(folder, dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the model {name} cannot be loaded from {folder}: {_first_line(error)}",
+            hint="check that the files are complete and that transformers supports the architecture",
+        ) from error
+
+
+def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
+            raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+        return model, _read_tokenizer(folder)
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    tokenizer: Any = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError("its tokenizer has no tokenizer.json")
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut texts in silence
+    tokenizer.backend_tokenizer.no_padding()
+    checked: PreTrainedTokenizerBase = tokenizer
+    return checked
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse early, with a reason, what could not be loaded or must not be."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ModelError(
+                f"{folder} lacks {len(absent)} of {len(shards)} shards, the first is {absent[0]}"
+            )
+    elif not (folder / "model.safetensors").is_file():
+        raise ModelError(
+            f"{folder} holds no safetensors weights",
+            hint="agentctx reads safetensors and GGUF, never pickles",
+        )
+
+
+def _choose_device() -> tuple[torch.dtype, str]:
+    """bfloat16 where the hardware multiplies it fast, else float32, which is right everywhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16, "cuda"
+    able: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # absent from the oldest supported torch
+    fast = any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    return (torch.bfloat16 if fast else torch.float32), "cpu"
+
+
+def _identity(folder: Path, manifest: Manifest | None) -> str:
+    """A hash that changes with the files: the manifest's where there is one, checked against them first."""
+    if manifest is not None:
+        manifest.verify(folder)
+        return manifest.digest
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        digest.update(_sample(path))
+    return digest.hexdigest()
+
+
+def _sample(path: Path, blocks: int = 16) -> bytes:
+    """SHA-256 of `blocks` evenly spaced MiB: all of a small file, and 10 GB cost no more than 16 MB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for offset in sorted({max(0, size - _BLOCK) * i // (blocks - 1) for i in range(blocks)}):
+            file.seek(offset)
+            digest.update(file.read(_BLOCK))
+    return digest.digest()
+
+
+def _context(model: PreTrainedModel, name: str) -> int:
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not context:
+        raise ModelError(
+            f"the config of {name} does not say how many tokens it takes (max_position_embeddings)"
+        )
+    return int(context)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = generation if isinstance(generation, list) else [generation]
+    return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+
+
+@contextmanager
+def _collector_resting() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Nothing of ours goes to stderr unasked: silence progress bars and advice, then restore them."""
+    from transformers import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _memory_errors(name: str) -> Iterator[None]:
+    from agentctx.models.failures import is_out_of_memory, out_of_memory
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(name) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
