@@ -156,8 +156,9 @@ class Context:
                 stop.request("cancelled")
             await asyncio.gather(run, return_exceptions=True)
 
-    @staticmethod
+    @classmethod
     async def aresume(
+        cls,
         run_id: str,
         *,
         budget: Budget | None = None,
@@ -189,7 +190,7 @@ class Context:
                 hint="open a Context with that model and ask again; finished calls come from the cache",
             )
         model = open_model(**manifest["model"], paths=paths, offline=offline, progress=progress)
-        context = Context(corpus, model, paths, manifest["model"])
+        context = cls(corpus, model, paths, manifest["model"])
         task = Task(**manifest["task"])
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         manifest["budget"] = asdict(budget) if budget else manifest["budget"]
@@ -200,7 +201,23 @@ class Context:
     ask = blocking(aask)
     summarize = blocking(asummarize)
     stream = blocking_iterator(astream)
-    resume = staticmethod(blocking(aresume.__func__))
+
+    @classmethod
+    def resume(
+        cls,
+        run_id: str,
+        *,
+        budget: Budget | None = None,
+        paths: Paths | None = None,
+        offline: bool = False,
+        stop: Stop | None = None,
+        on_event: Listener | None = None,
+        progress: Progress | None = None,
+    ) -> Answer:
+        """`aresume` in a loop of its own."""
+        return blocking(cls.aresume)(
+            run_id, budget=budget, paths=paths, offline=offline, stop=stop, on_event=on_event, progress=progress
+        )
 
     def _scope(self, task: Task, budget: Budget, tag: str | None = None) -> Scope:
         documents = {document.id: document for document in self.corpus.documents}

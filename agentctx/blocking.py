@@ -17,9 +17,7 @@ def blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        if not _in_a_loop():
             return asyncio.run(function(*args, **kwargs))
         box: list[T | BaseException] = []
 
@@ -57,6 +55,14 @@ def blocking_iterator(function: Callable[P, AsyncGenerator[T, None]]) -> Callabl
                 runner.run(items.aclose())
 
     return plain
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _next(items: AsyncGenerator[T, None]) -> T:

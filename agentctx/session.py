@@ -16,7 +16,7 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from agentctx.memory.documents import Corpus
 from agentctx.memory.errors import BudgetExceeded, ModelError
-from agentctx.memory.types import Answer
+from agentctx.memory.types import Answer, Notice
 from agentctx.workflows.conclude import ANSWER, conclude
 from agentctx.workflows.frame import Strategy
 from agentctx.workflows.run import RunContext
@@ -47,8 +47,8 @@ def outcome(run: RunContext, answer: Answer) -> Answer:
     supported = any(citation.verdict == "supported" for citation in answer.citations)
     if run.dead_error and not run.succeeded and not supported:
         raise run.dead_error
-    if not run.succeeded and not run.cached and not supported and (kind := _failure_of(answer)):
-        raise ModelError(kind.message, code="unavailable", hint="see: agentctx doctor")
+    if not run.succeeded and not run.cached and not supported and (failure := _first_failure(answer)):
+        raise ModelError(failure.message, code=failure.code.removeprefix("failed_"))
     if answer.stopped_because and answer.stopped_because != run.stop.reason:
         raise BudgetExceeded(
             f"the run reached its limit ({answer.stopped_because}); the answer is partial",
@@ -58,7 +58,7 @@ def outcome(run: RunContext, answer: Answer) -> Answer:
     return answer
 
 
-def _failure_of(answer: Answer) -> Any:
+def _first_failure(answer: Answer) -> Notice | None:
     if answer.stopped_because:
         return None
     return next((w for w in answer.warnings if w.code.startswith("failed_")), None)

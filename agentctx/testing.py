@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from agentctx.models.load import Model
 from agentctx.workflows.ports import Counter, Reader, Scores
 from agentctx.workflows.profile import ModelProfile, Tier
 
-Reply = Callable[[str], str | dict[str, Any] | Exception]
+Reply = Callable[[Sequence[BaseMessage]], str | dict[str, Any] | Exception]
 
 
 class WordCounter:
@@ -39,7 +40,7 @@ class WordCounter:
 
 
 class ScriptedChat(BaseChatModel):
-    """A chat model whose reply is a function of the last message's text.
+    """A chat model whose reply is a function of the messages.
 
     The function returns text, a dict (sent as JSON) or an exception (raised). `prompts` records every call
     that was sent, `delay` is seconds per call, `peak` the most calls that were in flight at once.
@@ -63,9 +64,8 @@ class ScriptedChat(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        prompt = str(messages[-1].text)
-        self.prompts.append(prompt)
-        reply = self.reply(prompt)
+        self.prompts.append(str(messages[-1].text))
+        reply = self.reply(messages)
         if isinstance(reply, Exception):
             raise reply
         text = reply if isinstance(reply, str) else json.dumps(reply)
@@ -159,3 +159,26 @@ def fenced_texts(prompt: str) -> Iterator[str]:
     """The document texts of a prompt, without their delimiters: what a scripted reply may look at."""
     for part in prompt.split("<text-")[1:]:
         yield part.split(">\n", 1)[1].split("\n</text-", 1)[0]
+
+
+def finding(pattern: str) -> Reply:
+    """A reply function of a perfect model: in every role it reports what matches `pattern`, and only that.
+
+    The quote is the whole match, the statement its first group.
+    """
+
+    def reply(messages: Sequence[BaseMessage]) -> str | dict[str, Any]:
+        system = str(messages[0].text)
+        texts = list(fenced_texts(str(messages[-1].text)))
+        matches = [match for text in texts for match in re.finditer(pattern, text)]
+        claims = [{"text": match[1], "quotes": [match[0]]} for match in matches][:8]
+        if '"facts"' in system:
+            return {"facts": claims, "confidence": 5 if claims else 0, "no_information": not claims}
+        if '"points"' in system:
+            return {"points": claims, "no_information": not claims}
+        if '"claims"' in system:
+            text = "; ".join(claim["text"] for claim in claims)
+            return {"text": text, "claims": claims, "no_information": not claims}
+        return claims[0]["text"] if claims else "nothing"
+
+    return reply

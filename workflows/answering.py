@@ -18,7 +18,6 @@ from agentctx.workflows.call import ask
 from agentctx.workflows.grounding import supports
 from agentctx.workflows.meter import MeteredReader, Refused
 from agentctx.workflows.pick import pick, pick_cost
-from agentctx.workflows.profile import ModelProfile
 from agentctx.workflows.roles import ANSWER, SHORT_ANSWER, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -33,9 +32,9 @@ class Piece:
     span: Span | None = None
 
 
-def answer_role(profile: ModelProfile) -> Role:
+def answer_role(scope: Scope) -> Role:
     """How this model is asked for an answer."""
-    return ANSWER if "writes" in profile.tiers else SHORT_ANSWER
+    return scope.role(ANSWER if scope.profile.writes else SHORT_ANSWER)
 
 
 def whole_pieces(scope: Scope) -> list[Piece]:
@@ -45,7 +44,7 @@ def whole_pieces(scope: Scope) -> list[Piece]:
 
 def answer_input(scope: Scope, pieces: Sequence[Piece]) -> tuple[int, int]:
     """Tokens of the finished prompt over these pieces, and the most it may return."""
-    role = answer_role(scope.profile)
+    role = answer_role(scope)
     messages = role.render(scope.task.question, _shown(pieces), scope.tag)
     return scope.prompt_tokens(messages), role.max_output
 
@@ -53,10 +52,10 @@ def answer_input(scope: Scope, pieces: Sequence[Piece]) -> tuple[int, int]:
 def direct_plan(scope: Scope) -> Plan:
     """One call over everything."""
     pieces = whole_pieces(scope)
-    role = answer_role(scope.profile)
+    role = answer_role(scope)
     tokens, output = answer_input(scope, pieces)
     stages = [cost.stage("answer", role.name, [tokens], output, scope.profile)]
-    if role is SHORT_ANSWER and scope.reader:
+    if scope.reader and not scope.profile.writes:
         looked = pick_cost(scope.task.question, [piece.text for piece in pieces], reader=scope.reader)
         stages.append(cost.scoring("pick", looked, scope.profile))
     return cost.make_plan(
@@ -73,14 +72,14 @@ def direct_plan(scope: Scope) -> Plan:
 
 async def answer_pieces(run: RunContext, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The state update of an answer: a draft, the spans that code chose, and failures."""
-    role = answer_role(run.scope.profile)
+    role = answer_role(run.scope)
     result = await ask(run, role, run.scope.task.question, _shown(pieces), finishing=True, stream=True)
     update: dict[str, Any] = {}
     if isinstance(result, Failure):
         update["failures"] = {"answer": asdict(result)}
     else:
         update["draft"] = result.id
-    if role is SHORT_ANSWER:
+    if not run.scope.profile.writes:
         update["spans"] = await _spans(
             run, pieces, "" if isinstance(result, Failure) else result.data["text"]
         )

@@ -34,7 +34,7 @@ class Tree:
 
 def tree(leaves: int, fan_in: int) -> Tree:
     """The reduce tree over `leaves` results, merging at most `fan_in` at a time."""
-    if fan_in < 2:
+    if leaves > 1 and fan_in < 2:
         raise ConfigError(
             f"a merge must take at least 2 results, but only {fan_in} fit the window",
             hint="use a model with a larger window, or smaller records",
@@ -74,6 +74,11 @@ def scoring(name: str, tokens: int, profile: ModelProfile) -> Stage:
     return Stage(name, "", Cost(0, tokens, 0), 1, tokens / profile.rate_in)
 
 
+def without_retries(plan: Plan) -> Cost:
+    """What the plan costs if no call has to be repeated."""
+    return sum((part.cost for part in plan.stages), Cost())
+
+
 def make_plan(
     strategy: str,
     params: dict[str, Any],
@@ -88,9 +93,7 @@ def make_plan(
     alternatives: Sequence[str] = (),
 ) -> Plan:
     """Sum the stages and add the pool of extra attempts at the price of the largest call."""
-    base = Cost()
-    for part in stages:
-        base += part.cost
+    base = sum((part.cost for part in stages), Cost())
     extra = retry_pool(base.calls)
     ceiling = base + Cost(1, largest_input + largest_output + REPAIR_TOKENS, largest_output) * extra
     return Plan(

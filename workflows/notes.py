@@ -30,12 +30,11 @@ MAX_POINTS = 24  # of a summary that no model merged
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One statement of one read. `quotes` are the source's own words."""
+    """One statement of one read, and the places in the sources that carry it."""
 
     read: int
-    label: str
     text: str
-    quotes: tuple[str, ...]
+    spans: tuple[Span, ...]
     confidence: float
 
 
@@ -50,11 +49,10 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
         if claims is None:
             claims = _claims_of_text(run.scope, data["text"], spans)
         for claim in claims:
-            quotes = _verified(run, claim["quotes"], spans)
-            if quotes:
-                label = run.scope.label(spans[0])
+            places = _verified(run, claim["quotes"], spans)
+            if places:
                 confidence = data.get("confidence", claim.get("confidence", 0))
-                notes.append(Note(number, label, claim["text"], quotes, confidence))
+                notes.append(Note(number, claim["text"], places, confidence))
     return notes
 
 
@@ -68,12 +66,17 @@ def pieces_of(scope: Scope, notes: Sequence[Note]) -> list[Piece]:
     pieces: list[Piece] = []
     room = scope.profile.window // 2
     for note in notes:
-        text = "\n".join(note.quotes)
+        text = "\n".join(scope.text(span) for span in note.spans)
         room -= scope.text_tokens(text)
         if room < 0 and pieces:
             break
-        pieces.append(Piece(note.label, text))
+        pieces.append(Piece(scope.label(note.spans[0]), text))
     return pieces
+
+
+def spans_of(notes: Sequence[Note]) -> list[list[Any]]:
+    """The notes' places as the state keeps them."""
+    return [[s.document_id, s.start, s.end, note.confidence, "score"] for note in notes for s in note.spans]
 
 
 async def merge_level(run: RunContext, group: Sequence[str], fan_in: int) -> list[str]:
@@ -90,7 +93,7 @@ async def _merge(run: RunContext, batch: Sequence[str]) -> str:
         return batch[0]
     records = run.cache.get_many(list(batch))
     pieces = [(f"notes {n}", _fitted(run.scope, records[key]["points"])) for n, key in enumerate(batch, 1)]
-    result = await ask(run, MERGE, run.scope.task.question, pieces, finishing=True)
+    result = await ask(run, run.scope.role(MERGE), run.scope.task.question, pieces, finishing=True)
     if isinstance(result, Record):
         return result.id
     run.warn("merge_failed", f"a merge failed ({result.message}); its notes were joined unmerged")
@@ -101,7 +104,7 @@ async def _merge(run: RunContext, batch: Sequence[str]) -> str:
 def _fitted(scope: Scope, points: Sequence[Mapping[str, Any]]) -> str:
     """The points as text of at most one record's tokens; the last ones leave whole, never half a quote."""
     lines = [point["text"] + "".join(f'\n  "{quote}"' for quote in point["quotes"]) for point in points]
-    while len(lines) > 1 and scope.text_tokens("\n".join(lines)) > SUMMARISE.max_output:
+    while len(lines) > 1 and scope.text_tokens("\n".join(lines)) > scope.role(SUMMARISE).max_output:
         lines.pop()
     return "\n".join(lines)
 
@@ -109,7 +112,7 @@ def _fitted(scope: Scope, points: Sequence[Mapping[str, Any]]) -> str:
 def outline(run: RunContext, made: Cut, groups: Sequence[Sequence[str]], reads: Mapping[str, str]) -> str:
     """The draft of a summary: the parts' points in order, under the parts' names. Returns a record id."""
     points: list[dict[str, Any]] = []
-    if "writes" in run.scope.profile.tiers:
+    if run.scope.profile.writes:
         for name, group in zip(made.parts, groups, strict=True):
             for data in run.cache.get_many(list(group)).values():
                 points += [{**point, "part": name} for point in data["points"]]
@@ -117,7 +120,8 @@ def outline(run: RunContext, made: Cut, groups: Sequence[Sequence[str]], reads: 
         notes = _central(notes_of(run, made, reads))
         for note in notes:
             part = made.parts[made.reads[note.read].part]
-            points.append({"text": note.text, "quotes": list(note.quotes), "part": part})
+            quotes = [run.scope.text(span) for span in note.spans]
+            points.append({"text": note.text, "quotes": quotes, "part": part})
     return keep_record(run, "outline", {"points": points, "no_information": not points})
 
 
@@ -133,16 +137,16 @@ def keep_record(run: RunContext, role: str, data: dict[str, Any]) -> str:
     return key
 
 
-def _verified(run: RunContext, quotes: Iterable[str], spans: Sequence[Span]) -> tuple[str, ...]:
-    """Those quotes that stand in the chunks that were read, in the source's own characters."""
+def _verified(run: RunContext, quotes: Iterable[str], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Where those quotes stand that are in the documents that were read."""
     documents = run.scope.documents
     verifier = run.scope.keep("verifier", lambda: Verifier(list(documents.values())))
     kept = []
     for quote in quotes:
         for document_id in dict.fromkeys(span.document_id for span in spans):
             citation = verifier.verify(quote, document_id)
-            if citation.verdict == "supported":
-                kept.append(citation.quote)
+            if citation.verdict == "supported" and citation.span:
+                kept.append(citation.span)
                 break
     return tuple(kept)
 

@@ -30,6 +30,11 @@ class ModelProfile:
             raise ConfigError(f"a context of {self.context} tokens is too small; 256 is the least")
 
     @property
+    def writes(self) -> bool:
+        """True if the model can be trusted with JSON and copied quotes."""
+        return "writes" in self.tiers
+
+    @property
     def window(self) -> int:
         """Tokens that a prompt and its answer may fill together."""
         return self.context if self.reliable is None else min(self.context, self.reliable)

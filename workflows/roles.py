@@ -135,3 +135,10 @@ GIST = Role(
     60,
     closing="In one or two sentences, what does the text say about: {question}",
 )
+SHORT_ANSWER = Role(
+    "short_answer",
+    1,
+    "You answer the question in a few words, using only the given text.",
+    None,
+    40,
+)

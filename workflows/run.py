@@ -14,6 +14,7 @@ from langchain_core.language_models import BaseChatModel
 from agentctx.memory.errors import ModelError
 from agentctx.memory.types import Budget, Cost, Failure, Notice, Plan, Usage
 from agentctx.workflows.cache import LeafCache
+from agentctx.workflows.cost import without_retries
 from agentctx.workflows.ledger import Ledger, limit_of
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import State
@@ -144,8 +145,8 @@ class RunContext:
         return "seconds" if left <= min(finish, (self.scope.budget.seconds or 0) * (1 - WIND_DOWN)) else None
 
     def _budget_is_short(self) -> str | None:
-        if self.plan.ceiling.within(self.ledger.limit):
-            return None
+        if without_retries(self.plan).within(self.ledger.limit):
+            return None  # a plan that fits always completes
         used, limit = self.ledger.spent + self.ledger.reserved, self.ledger.limit
         for name in ("calls", "input_tokens", "output_tokens"):
             if getattr(used, name) >= WIND_DOWN * getattr(limit, name) and getattr(limit, name) < getattr(

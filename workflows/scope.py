@@ -7,7 +7,7 @@ so that the plan that is shown and the run that follows use the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from langchain_core.messages import BaseMessage
@@ -15,10 +15,12 @@ from langchain_core.messages import BaseMessage
 from agentctx.memory.types import Budget, Chunk, Document, Span
 from agentctx.workflows.ports import Counter, Reader
 from agentctx.workflows.profile import ModelProfile
+from agentctx.workflows.roles import Role
 from agentctx.workflows.split import split
 from agentctx.workflows.state import Task
 
 T = TypeVar("T")
+REPLY_SHARE = 5  # a reply may take a fifth of the window
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Scope:
         """Tokens to reserve for a finished prompt; an estimate is raised by a quarter."""
         count = self.counter.count_messages(messages)
         return count if self.counter.exact else -(-count * 5 // 4)
+
+    def role(self, role: Role) -> Role:
+        """The role with its longest reply cut to a share of the window, so that there is room to read."""
+        return replace(role, max_output=min(role.max_output, self.profile.window // REPLY_SHARE))
 
     def text_tokens(self, text: str) -> int:
         """Tokens of a bare text, raised by a quarter where the counter estimates."""

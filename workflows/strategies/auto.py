@@ -18,6 +18,7 @@ from langgraph.runtime import Runtime
 
 from agentctx.memory.types import Plan
 from agentctx.workflows.conclude import Covered
+from agentctx.workflows.cost import without_retries
 from agentctx.workflows.frame import Graph, Strategy, reads_directly
 from agentctx.workflows.run import RunContext, fits
 from agentctx.workflows.scope import Scope
@@ -60,7 +61,7 @@ def _decide(scope: Scope) -> Decision:
     plan = CANDIDATES[first].plan(scope)
     second = "spans_by_words"
     alternatives = (f"{second}: at most {_calls(CANDIDATES[second].plan(scope))}",)
-    if fits(scope.budget, plan.ceiling):
+    if fits(scope.budget, without_retries(plan)):
         return Decision(first, reason, alternatives)
     refused = f"{first} needs up to {_calls(plan)}, more than the budget; passages were chosen by words alone"
     return Decision(second, refused, (f"{first}: at most {_calls(plan)}",))

@@ -26,8 +26,17 @@ from agentctx.workflows.call import ask
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.cut import Cut, cut
 from agentctx.workflows.frame import Graph, Strategy, add_node
-from agentctx.workflows.notes import best_first, merge_level, no_information, notes_of, outline, pieces_of
-from agentctx.workflows.roles import GIST, MERGE, READ, SUMMARISE, Role
+from agentctx.workflows.notes import (
+    best_first,
+    keep_record,
+    merge_level,
+    no_information,
+    notes_of,
+    outline,
+    pieces_of,
+    spans_of,
+)
+from agentctx.workflows.roles import GIST, MERGE, READ, SHORT_ANSWER, SUMMARISE, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Part, Record, State
@@ -59,20 +68,21 @@ class MapReduce(Strategy):
 
     def cut(self, scope: Scope) -> Cut:
         role = self.read_role(scope)
-        limit = self.chunk_tokens or (GIST_TOKENS if role is GIST else None)
+        limit = self.chunk_tokens or (None if scope.profile.writes else GIST_TOKENS)
         return scope.keep((self, "cut"), lambda: cut(scope, role, self.per(scope), limit))
 
     def read_role(self, scope: Scope) -> Role:
         if scope.task.kind == "search":
-            return READ
-        return SUMMARISE if "writes" in scope.profile.tiers else GIST
+            return scope.role(READ if scope.profile.writes else SHORT_ANSWER)
+        return scope.role(SUMMARISE if scope.profile.writes else GIST)
 
     def merge_fan_in(self, scope: Scope) -> int:
         """How many summaries fit one merge, each taken at its cap."""
-        empty = scope.prompt_tokens(MERGE.render(scope.task.question, [("notes", "")], scope.tag))
-        label = empty - scope.prompt_tokens(MERGE.render(scope.task.question, [], scope.tag))
-        room = scope.profile.window - MERGE.max_output - empty
-        return min(self.fan_in or 64, room // (SUMMARISE.max_output + label))
+        merge, record = scope.role(MERGE), scope.role(SUMMARISE).max_output
+        empty = scope.prompt_tokens(merge.render(scope.task.question, [("notes 10", "")], scope.tag))
+        label = empty - scope.prompt_tokens(merge.render(scope.task.question, [], scope.tag))
+        room = scope.profile.window - merge.max_output - empty
+        return min(self.fan_in or 64, room // (record + label))
 
     def body_plan(self, scope: Scope) -> Plan:
         made = self.cut(scope)
@@ -102,16 +112,18 @@ class MapReduce(Strategy):
 
     def _answer_stage(self, scope: Scope, reads: int) -> Stage:
         """Doubling: 1, 2, 4, … notes, each at its cap, never more than the window takes."""
-        role = answer_role(scope.profile)
+        role = answer_role(scope)
         empty, output = answer_input(scope, [])
+        if not scope.profile.writes:  # its best short answer is taken as it is
+            return cost.stage("answer", role.name, [], output, scope.profile)
         sizes = [min(2**k, reads) for k in range(math.ceil(math.log2(reads)) + 1 if reads > 1 else 1)]
         room = scope.profile.window - output
-        inputs = [min(room, empty + size * (READ.max_output + 64)) for size in sizes]
+        inputs = [min(room, empty + size * (scope.role(READ).max_output + 64)) for size in sizes]
         return cost.stage("answer", role.name, inputs, output, scope.profile, waves=len(inputs))
 
     def _tree(self, scope: Scope, made: Cut) -> cost.Tree:
         """All levels of all parts together; a model that does not write merges nothing."""
-        if scope.task.kind == "search" or "writes" not in scope.profile.tiers:
+        if scope.task.kind == "search" or not scope.profile.writes:
             return cost.Tree(())
         fan_in = self.merge_fan_in(scope)
         levels: list[int] = []
@@ -125,8 +137,9 @@ class MapReduce(Strategy):
 
     def _merge_stage(self, scope: Scope, made: Cut) -> Stage:
         merges = self._tree(scope, made).merges
-        room = scope.profile.window - MERGE.max_output
-        return cost.stage("merge", MERGE.name, [room] * merges, MERGE.max_output, scope.profile)
+        role = scope.role(MERGE)
+        room = scope.profile.window - role.max_output
+        return cost.stage("merge", role.name, [room] * merges, role.max_output, scope.profile)
 
     def body(self, graph: Graph) -> str:
         add_node(graph, "cut", self._cut)
@@ -180,6 +193,8 @@ class MapReduce(Strategy):
     async def _answer(self, run: RunContext, state: State) -> dict[str, Any]:
         """Answer from the best 1, 2, 4, … notes; the first answer that code finds grounded ends it."""
         notes = best_first(notes_of(run, self.cut(run.scope), state.get("reads", {})))
+        if notes and not run.scope.profile.writes:
+            return {"draft": keep_record(run, "note", {"text": notes[0].text}), "spans": spans_of(notes[:1])}
         update: dict[str, Any] = {}
         size = 1
         while notes:
@@ -193,7 +208,7 @@ class MapReduce(Strategy):
     async def _reduce(self, run: RunContext, state: State) -> dict[str, Any]:
         """One level of the tree, all parts at once; at the top the parts' points become the draft."""
         groups = state["groups"]
-        if "writes" in run.scope.profile.tiers and any(len(group) > 1 for group in groups):
+        if run.scope.profile.writes and any(len(group) > 1 for group in groups):
             fan_in = self.merge_fan_in(run.scope)
             groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
             if any(len(group) > 1 for group in groups):

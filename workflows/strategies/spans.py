@@ -10,6 +10,7 @@ https://arxiv.org/abs/2204.07496.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,6 @@ from agentctx.workflows.frame import Graph, Strategy, add_node
 from agentctx.workflows.meter import MeteredReader, Refused
 from agentctx.workflows.pick import pick_cost
 from agentctx.workflows.rank import rank, rank_cost
-from agentctx.workflows.roles import SHORT_ANSWER
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import MIN_TOKENS
@@ -68,7 +68,15 @@ class Spans(Strategy):
         """Tokens of passages that are read."""
         if self.keep:
             return self.keep
-        return scope.profile.window // 2 if "writes" in scope.profile.tiers else self.passage_tokens
+        return scope.profile.window // 2 if scope.profile.writes else self.passage_tokens
+
+    def largest_prompt(self, scope: Scope) -> int:
+        """Tokens that the prompt of the answer may have; passages that would pass it are left out."""
+        one, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
+        none, _ = answer_input(scope, [])
+        passages = -(-self.room(scope) // self.passage_tokens)
+        wanted = none + passages * (one - none) + self.room(scope) * 5 // 4 + self.passage_tokens // 4
+        return min(scope.profile.window - output, wanted)
 
     def body_plan(self, scope: Scope) -> Plan:
         passages = self.passages(scope)
@@ -78,7 +86,7 @@ class Spans(Strategy):
         if self.scores(scope):
             tokens = rank_cost(question, texts, reader=scope.reader, candidates=self.candidates)
             stages.append(cost.scoring("rank", tokens, profile))
-        role = answer_role(profile)
+        role = answer_role(scope)
         empty, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
         # Each kept passage stands between its own delimiters; their number is bounded by what fits.
         most = max(1, self.room(scope) // MIN_TOKENS + 1)
@@ -87,9 +95,9 @@ class Spans(Strategy):
         )
         stages.append(cost.stage("answer", role.name, [largest], output, profile))
         hold = stages[-1].cost
-        if role is SHORT_ANSWER and scope.reader:
-            longest = sorted(texts, key=len)[-most:]
-            looked = pick_cost(question, longest, reader=scope.reader) * 2
+        if scope.reader and not profile.writes:
+            longest = sorted(texts, key=len)[-1 - self.room(scope) // self.passage_tokens :]
+            looked = pick_cost(question, longest, reader=scope.reader)
             stages.append(cost.scoring("pick", looked, profile))
             hold += stages[-1].cost
         return cost.make_plan(
@@ -122,23 +130,23 @@ class Spans(Strategy):
         except Refused as refused:
             run.warn("ranked_by_words", f"the passages were ranked by words alone ({refused})")
             ranking = await rank(scope.task.question, texts, reader=None, candidates=self.candidates)
-        kept: list[int] = []
-        room = self.room(scope)
-        for index in ranking.order:
-            room -= passages[index].tokens
-            if kept and room < 0:
+        kept = list(ranking.order[:1])
+        limit = self.largest_prompt(scope)
+        for index in ranking.order[1:]:
+            if sum(passages[i].tokens for i in (*kept, index)) > self.room(scope):
+                break
+            if answer_input(scope, self._pieces(scope, [*kept, index]))[0] > limit:
                 break
             kept.append(index)
         return {"kept": kept, "scored": sorted(ranking.scored)}
 
+    def _pieces(self, scope: Scope, kept: Sequence[int]) -> list[Piece]:
+        """The kept passages in the order of the sources, which models read best."""
+        spans = [self.passages(scope)[i].span for i in sorted(kept)]
+        return [Piece(scope.label(span), scope.text(span), span) for span in spans]
+
     async def _answer(self, run: RunContext, state: State) -> dict[str, Any]:
-        passages = self.passages(run.scope)
-        # A model reads best what comes in the order of the source.
-        pieces = [
-            Piece(run.scope.label(passages[i].span), run.scope.text(passages[i].span), passages[i].span)
-            for i in sorted(state["kept"])
-        ]
-        return await answer_pieces(run, pieces)
+        return await answer_pieces(run, self._pieces(run.scope, state["kept"]))
 
     def covered(self, scope: Scope, state: State) -> Covered:
         kept = frozenset(state.get("kept", ()))
