@@ -65,6 +65,9 @@ class _Opening:
     def open(self, path: str | Path, stdin: BinaryIO | None) -> None:
         if str(path) == "-":
             self._stdin(stdin)
+        elif "\0" in str(path):
+            message = f"{str(path)!r}: no file has a NUL in its name"
+            self.problems.append(InputError(message, code="not_found", source=str(path)))
         elif os.path.isdir(path):
             self._directory(Path(path))
         else:

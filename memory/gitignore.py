@@ -35,7 +35,7 @@ class Rules:
         for line in lines:
             try:
                 pattern = GitIgnoreSpecPattern(line)
-            except GitIgnorePatternError:
+            except (GitIgnorePatternError, re.error):
                 continue
             if pattern.include is not None and pattern.regex is not None:
                 patterns.append((pattern.include, pattern.regex))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from agentctx.memory.errors import ConfigError
+from agentctx.memory.loaders.decode import codec_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,8 @@ class Selection:
             glob, _, name = pair.rpartition("=")
             if not glob:
                 raise ConfigError(f"encoding {pair!r} is not GLOB=NAME", hint="for example '*.txt=cp1252'")
-            try:
-                b"".decode(name)
-            except (LookupError, ValueError) as error:
-                raise ConfigError(f"unknown encoding {name!r}", hint="use a name Python knows") from error
+            if codec_of(name) is None:
+                raise ConfigError(f"unknown encoding {name!r}", hint="use a name that Python knows")
         if self.max_file_bytes is not None and self.max_file_bytes < 1:
             raise ConfigError(f"max_file_bytes must be at least 1, got {self.max_file_bytes}")
 

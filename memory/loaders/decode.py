@@ -53,7 +53,9 @@ def decode(data: bytes, encoding: str | None = None, *, declared: str | None = N
     lenient = data.decode(errors="replace")
     if _mostly_utf8(lenient):
         return _finish(data, "utf-8")
-    guess = _known(declared) or _guess(data)
+    guess = declared and codec_of(declared)
+    if not guess or guess.startswith("utf-"):  # UTF-8 was just found not to fit, the others hold NULs
+        guess = _guess(data)
     notice = Notice("encoding_guessed", f"not UTF-8, read as {guess}; --encoding names another")
     return _finish(data, guess, notice)
 
@@ -76,14 +78,15 @@ def _mostly_utf8(lenient: str) -> bool:
     return beyond_ascii - broken > broken
 
 
-def _known(name: str | None) -> str | None:
-    """The codec's own name, None for what is no text encoding or was just found not to fit."""
+def codec_of(name: str) -> str | None:
+    """Python's own name of a text encoding, None if it has none of that name."""
     try:
-        b"".decode(name or "")
-        found = codecs.lookup(name or "").name
+        b".".decode(name)  # an empty text would be decoded without a look at the name
+    except UnicodeDecodeError:
+        pass  # it exists, one byte is not enough for it
     except (LookupError, ValueError):
         return None
-    return None if found == "utf-8" else found
+    return codecs.lookup(name).name
 
 
 def _guess(data: bytes) -> str:
@@ -93,4 +96,4 @@ def _guess(data: bytes) -> str:
     if len(data) > GUESS_BYTES and (line_end := head.rfind(b"\n")) > 0:
         head = head[: line_end + 1]  # a cut through a character would mislead the detector
     best = from_bytes(head).best()
-    return _known(best.encoding if best else None) or "utf-8"
+    return best.encoding if best else "utf-8"

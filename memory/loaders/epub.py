@@ -62,16 +62,18 @@ def _spine(book: ZipFile) -> list[str]:
     folder = posixpath.dirname(package_name)
     targets = {
         item.get("id"): posixpath.normpath(posixpath.join(folder, unquote(item.get("href", ""))))
-        for item in package.iter("{*}item")
+        for item in package.iterfind(".//{*}item")
     }
-    return [targets[at.get("idref")] for at in package.iter("{*}itemref") if at.get("idref") in targets]
+    return [
+        targets[at.get("idref")] for at in package.iterfind(".//{*}itemref") if at.get("idref") in targets
+    ]
 
 
 def _locked(book: ZipFile) -> set[str]:
     """What the file says is encrypted; often only its fonts are."""
     if ENCRYPTION not in book.namelist():
         return set()
-    return {unquote(at.get("URI", "")) for at in _xml(book, ENCRYPTION).iter("{*}CipherReference")}
+    return {unquote(at.get("URI", "")) for at in _xml(book, ENCRYPTION).iterfind(".//{*}CipherReference")}
 
 
 def _xml(book: ZipFile, name: str) -> Element:
@@ -80,7 +82,7 @@ def _xml(book: ZipFile, name: str) -> Element:
 
 
 def _first(root: Element, tag: str) -> Element:
-    found = next(root.iter(f"{{*}}{tag}"), None)
+    found = root.find(f".//{{*}}{tag}")
     if found is None:
         raise KeyError(f"no {tag} in {CONTAINER}")
     return found

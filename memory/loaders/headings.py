@@ -18,7 +18,7 @@ def sections(headings: Iterable[Heading], end: int) -> tuple[Locator, ...]:
             path.pop()
         path.append((level, title))
         starts.append((offset, " > ".join(title for _, title in path)))
-    ends = [offset for offset, _ in starts[1:]] + [end]
+    stops = [start for start, _ in starts[1:]] + [end]
     return tuple(
-        Locator(start, stop, "heading", value) for (start, value), stop in zip(starts, ends, strict=True)
+        Locator(start, stop, "heading", value) for (start, value), stop in zip(starts, stops, strict=False)
     )

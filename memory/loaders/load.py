@@ -53,8 +53,6 @@ def load(
 
 def check_regular(path: str) -> None:
     """Raise InputError for what is no file: opening a pipe would wait for its other end."""
-    if "\0" in path:
-        raise InputError("no such file: the name holds a NUL", code="not_found")
     if not stat.S_ISREG(os.stat(path).st_mode):
         hint = "to read a pipe, give '-' and pass it on standard input"
         raise InputError("neither a file nor a directory", code="unsupported", hint=hint)

@@ -42,7 +42,10 @@ def read_docx(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
         pieces.append(text)
         offset += len(text) + 2
     text = "\n\n".join(pieces)
-    yield from _text_or_empty(Part(text, (*sections(headings, len(text)), *locators)))
+    if not text:
+        raise InputError("no paragraph has text", code="empty")
+    locators += sections(headings, len(text))
+    yield Part(text, tuple(sorted(locators, key=lambda at: (at.start, -at.end))))
 
 
 def read_pptx(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
@@ -111,9 +114,3 @@ def _shape(shape: BaseShape) -> Iterator[str]:
         yield from (_cells(cell.text for cell in row.cells) for row in shape.table.rows)  # type: ignore[attr-defined]
     elif shape.has_text_frame and shape.text_frame.text.strip():  # type: ignore[attr-defined]
         yield shape.text_frame.text  # type: ignore[attr-defined]
-
-
-def _text_or_empty(part: Part) -> Iterator[Part]:
-    if not part.text.strip():
-        raise InputError("no paragraph has text", code="empty")
-    yield part

@@ -14,7 +14,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A page, a chapter, a sheet, or all of a text file. `locators` count from the start of the part."""
+    """A page, a chapter, a sheet, or all of a text file.
+
+    `locators` count from the start of the part and are sorted by their start.
+    """
 
     text: str
     locators: tuple[Locator, ...] = ()
@@ -27,7 +30,7 @@ class Part:
 
 
 def join(parts: Iterable[Part]) -> tuple[str, tuple[Locator, ...]]:
-    """The text of all parts and the locators moved to where the parts came to stand, sorted by start.
+    """The text of all parts, and the locators moved to where the parts came to stand.
 
     Lone surrogates become U+FFFD one for one: no UTF-8 can hold them, and the offsets stay.
     """
@@ -46,7 +49,7 @@ def join(parts: Iterable[Part]) -> tuple[str, tuple[Locator, ...]]:
     text = GAP.join(texts)
     if not _encodable(text):
         text = SURROGATE.sub("\ufffd", text)
-    return text, tuple(sorted(locators, key=lambda at: (at.start, -at.end)))
+    return text, tuple(locators)
 
 
 def _encodable(text: str) -> bool:

@@ -36,7 +36,7 @@ class Format:
     """One row: what a format is called, who reads it and within which limits."""
 
     media_type: str
-    reader: str  # "module:function" inside the loaders
+    reader: str  # "module:function"
     extensions: tuple[str, ...] = ()
     max_bytes: int = TEXT_BYTES
     inline_bytes: int = TEXT_BYTES  # larger files are read in the worker process
@@ -53,17 +53,17 @@ class Format:
 
 
 def _office(extension: str, kind: str, package: str, member: bytes) -> Format:
-    reader = f"office:read_{extension}"
+    reader = f"{LOADERS}.office:read_{extension}"
     media_type = f"{OOXML}.{kind}"
     return Format(media_type, reader, (f".{extension}",), BINARY_BYTES, 0, package, "office", member)
 
 
-TEXT = Format("text/plain", "text:read")
-PDF = Format("application/pdf", "pdf:read", (".pdf",), BINARY_BYTES, 0)
+TEXT = Format("text/plain", f"{LOADERS}.text:read")
+PDF = Format("application/pdf", f"{LOADERS}.pdf:read", (".pdf",), BINARY_BYTES, 0)
 ARCHIVES = (
     Format(
         "application/epub+zip",
-        "epub:read",
+        f"{LOADERS}.epub:read",
         (".epub",),
         BINARY_BYTES,
         0,
@@ -77,12 +77,12 @@ FORMATS = (
     TEXT,
     PDF,
     *ARCHIVES,
-    Format("text/html", "html:read", (".html", ".htm", ".xhtml"), inline_bytes=HTML_INLINE_BYTES),
-    Format("text/markdown", "text:read_markdown", (".md", ".markdown")),
-    Format("text/csv", "records:read_csv", (".csv",)),
-    Format("text/tab-separated-values", "records:read_csv", (".tsv",)),
-    Format("application/json", "records:read_json", (".json",)),
-    Format("application/jsonl", "records:read_jsonl", (".jsonl", ".ndjson")),
+    Format("text/html", f"{LOADERS}.html:read", (".html", ".htm", ".xhtml"), inline_bytes=HTML_INLINE_BYTES),
+    Format("text/markdown", f"{LOADERS}.text:read_markdown", (".md", ".markdown")),
+    Format("text/csv", f"{LOADERS}.records:read_csv", (".csv",)),
+    Format("text/tab-separated-values", f"{LOADERS}.records:read_csv", (".tsv",)),
+    Format("application/json", f"{LOADERS}.records:read_json", (".json",)),
+    Format("application/jsonl", f"{LOADERS}.records:read_jsonl", (".jsonl", ".ndjson")),
 )
 BY_EXTENSION = {extension: row for row in FORMATS for extension in row.extensions}
 ZIP = b"PK\x03\x04"
@@ -120,7 +120,7 @@ def format_of(name: str, file: BinaryIO) -> Format:
 def reader_of(name: str) -> Reader:
     """Import the reader "module:function"."""
     module, _, function = name.partition(":")
-    reader: Reader = getattr(import_module(module if "." in module else f"{LOADERS}.{module}"), function)
+    reader: Reader = getattr(import_module(module), function)
     return reader
 
 
