@@ -1,0 +1,171 @@
+"""The check behind every quote that is shown: are these words in that source?
+
+A quote is looked for as it is, then with white space, Unicode, quotes, dashes and case normalised, then with
+line-end hyphens joined. Nothing is ever matched approximately: a changed digit is a different quote. What is
+shown is the source's own text at the place found. The verdict says that the words are there, not that a
+claim follows from them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from agentctx.memory.locate import locate
+from agentctx.memory.normalise import LineEndHyphens, Normalised, has_line_end_hyphen, normalised
+from agentctx.memory.types import Citation, Document, Span, Verdict
+
+LEAST = 12  # characters other than white space; a shorter quote must be a whole line or cell
+FRAGMENT_WORDS = 4
+FRAGMENTS = 4
+
+_ELLIPSIS = re.compile(r"\[?\.{3,}\]?|\[…\]|…")
+_WRAPPING = " \n\t\"'“”‘’«»…"
+_LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
+
+
+class Verifier:
+    """Checks quotes against the documents of one run. Normal forms are made when first needed, and kept."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._texts = {document.id: _Text(document) for document in documents}
+
+    def verify(self, quote: str, cited_id: str | None = None, claim: str = "") -> Citation:
+        """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
+
+        `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
+        place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
+        cover it; the citation gives the first fragment's span and all fragments' text, and `fragments` gives
+        every span. `not_found`: neither; the quote is then the caller's own.
+        """
+        cited = [self._texts[cited_id]] if cited_id in self._texts else []
+        others = [text for text in self._texts.values() if text not in cited]
+        for texts in (cited, others):
+            if found := _first(texts, quote):
+                verdict: Verdict = "supported" if cited_id is None or texts is cited else "misattributed"
+                return _citation(found, self._quoted([found]), verdict, claim, self._texts)
+        if spans := self.fragments(quote, cited_id):
+            return _citation(spans[0], self._quoted(spans), "stitched", claim, self._texts)
+        return Citation(cited[0].document.source if cited else "", None, quote, "not_found", claim=claim)
+
+    def fragments(self, quote: str, cited_id: str | None = None) -> list[Span]:
+        """At most four spans of one document that cover `quote` word by word; none if there are no such.
+
+        Each has at least four words. An ellipsis in the quote is a seam, not a word; a single span means that
+        the source has nothing to leave out there. The cited document is tried first.
+        """
+        words = normalised(_ELLIPSIS.sub(" ", quote)).strip().strip("\"'").split()
+        for text in sorted(self._texts.values(), key=lambda text: text.document.id != cited_id):
+            if cuts := _cover(words, text.normal.text):
+                return [text.fragment(" ".join(words[start:end])) for start, end in cuts]
+        return []
+
+    def _quoted(self, spans: Sequence[Span]) -> str:
+        return " … ".join(
+            self._texts[span.document_id].document.text[span.start : span.end] for span in spans
+        )
+
+
+class _Text:
+    """One document with its normal forms."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+
+    @functools.cached_property
+    def normal(self) -> Normalised:
+        return Normalised(self.document.text)
+
+    @functools.cached_property
+    def joined(self) -> tuple[Normalised, ...]:
+        """With line-end hyphens dropped, and with only the line end dropped; nothing if there are none."""
+        if not has_line_end_hyphen(self.document.text):
+            return ()
+        forms: tuple[LineEndHyphens, ...] = ("dropped", "kept")
+        return tuple(Normalised(self.document.text, form) for form in forms)
+
+    def exact(self, quote: str) -> Iterator[Span]:
+        for start in _occurrences(self.document.text, quote):
+            yield self._span(start, start + len(quote))
+
+    def alike(self, quote: str) -> Iterator[Span]:
+        yield from self._in_form(self.normal, normalised(quote).strip())
+
+    def hyphenated(self, quote: str) -> Iterator[Span]:
+        for form in self.joined:
+            yield from self._in_form(form, Normalised(quote, "dropped").text.strip())
+            yield from self._in_form(form, normalised(quote).strip())
+
+    def fragment(self, words: str) -> Span:
+        return next(self._in_form(self.normal, words))
+
+    def is_unit(self, span: Span) -> bool:
+        """Whether the span is a whole line, or a whole cell of a table."""
+        cell_ends = _LINE_ENDS + "\t|" + (',;"' if "csv" in self.document.media_type else "")
+        before = self.document.text[: span.start].rstrip(" \xa0")[-1:]
+        after = self.document.text[span.end :].lstrip(" \xa0")[:1]
+        return before in cell_ends and after in cell_ends
+
+    def _in_form(self, form: Normalised, quote: str) -> Iterator[Span]:
+        for start in _occurrences(form.text, quote):
+            yield self._span(*form.source_span(start, start + len(quote)))
+
+    def _span(self, start: int, end: int) -> Span:
+        return Span(self.document.id, start, end)
+
+
+def _first(texts: Sequence[_Text], quote: str) -> Span | None:
+    """The first place of the quote by the strictest comparison that finds one."""
+    wrapped = quote.strip(_WRAPPING).removesuffix("...").removeprefix("...")
+    comparisons: tuple[Callable[[_Text, str], Iterator[Span]], ...] = (
+        _Text.exact,
+        _Text.alike,
+        _Text.hyphenated,
+    )
+    for wanted in dict.fromkeys((quote.strip(), wrapped.strip())):
+        long_enough = len("".join(wanted.split())) >= LEAST
+        for compare in comparisons:
+            for text in texts:
+                for span in compare(text, wanted):
+                    if long_enough or text.is_unit(span):
+                        return span
+    return None
+
+
+def _occurrences(text: str, wanted: str) -> Iterator[int]:
+    start = text.find(wanted) if wanted else -1
+    while start >= 0:
+        yield start
+        start = text.find(wanted, start + 1)
+
+
+def _citation(span: Span, quote: str, verdict: Verdict, claim: str, texts: dict[str, _Text]) -> Citation:
+    document = texts[span.document_id].document
+    page, locator = locate(document, span)
+    return Citation(document.source, span, quote, verdict, page, locator, claim)
+
+
+def _cover(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Cut `words` into at most four runs that `text` holds, of at least four words each; [] if impossible."""
+    if len(words) < 2 * FRAGMENT_WORDS or any(word not in text for word in set(words)):
+        return []
+
+    @functools.cache
+    def reach(start: int) -> int:
+        """The end of the longest run from `start` that the text holds (runs inside a held run are held)."""
+        ends = range(start + 1, len(words) + 1)
+        return start + bisect.bisect_left(ends, True, key=lambda end: " ".join(words[start:end]) not in text)
+
+    @functools.cache
+    def cover(start: int, runs: int) -> list[tuple[int, int]] | None:
+        if start == len(words):
+            return []
+        if runs and " ".join(words[start : start + FRAGMENT_WORDS]) in text:
+            for end in range(reach(start), start + FRAGMENT_WORDS - 1, -1):
+                if (rest := cover(end, runs - 1)) is not None:
+                    return [(start, end), *rest]
+        return None
+
+    return cover(0, FRAGMENTS) or []
