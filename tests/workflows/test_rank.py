@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from agentctx.workflows.ports import Scores
-from agentctx.workflows.rank import FirstStage, rank, rank_cost
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentctx.workflows.ports import Scores
+from agentctx.workflows.rank import FirstStage, rank, rank_cost
 
 TEXTS = [
     "Geese were counted in spring.",

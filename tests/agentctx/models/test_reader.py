@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentctx.memory.errors import InputError, ModelError
-from agentctx.models.reader import TransformersReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +17,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from agentctx.memory.errors import InputError, ModelError
+from agentctx.models.reader import TransformersReader
 
 QUESTION = "who keeps the light?"
 TEXTS = [
@@ -163,7 +164,11 @@ async def test_the_embedded_model_finds_the_passage() -> None:
         "Loans had risen from 9,400 to 11,250 over the year.",
         "The rent is payable in advance on the first working day of each month by bank transfer.",
     ]
-    questions = ["how do arachnids breathe when submerged?", "what can be lifted?", "do people borrow more books?"]
+    questions = [
+        "how do arachnids breathe when submerged?",
+        "what can be lifted?",
+        "do people borrow more books?",
+    ]
     for expected, question in enumerate(questions):
         values = (await subject.likelihood(question, texts)).values
         assert max(range(len(texts)), key=values.__getitem__) == expected
