@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import bm25s
 
@@ -48,6 +48,13 @@ def terms(text: str) -> Iterator[str]:
                 yield from (_stem(part.casefold()) for part in parts)
 
 
+def grams(text: str, size: int = 4) -> Iterator[str]:
+    """Yield the character n-grams of each word, its ends marked: terms that survive a typo or a suffix."""
+    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        word = f"_{match.group()}_"
+        yield from (word[start : start + size] for start in range(max(1, len(word) - size + 1)))
+
+
 def _stem(word: str) -> str:
     """Strip plural, -ed, -ing and a final e from an English word, as a term and never to be shown."""
     if not _ENGLISH.fullmatch(word):
@@ -66,10 +73,11 @@ def _stem(word: str) -> str:
 
 
 class Lexical:
-    """An immutable index of texts, which it names by their position."""
+    """An immutable index of texts, which it names by their position. `analyze` turns a text into terms."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        corpus = [list(terms(text)) for text in texts]
+    def __init__(self, texts: Sequence[str], analyze: Callable[[str], Iterable[str]] = terms) -> None:
+        self._analyze = analyze
+        corpus = [list(analyze(text)) for text in texts]
         self._size = len(corpus)
         self._index = bm25s.BM25(method="lucene")
         if any(corpus):
@@ -80,7 +88,7 @@ class Lexical:
 
     def scores(self, query: str) -> list[float]:
         """One BM25 score per text, 0.0 where no term is shared. A repeated query term counts once."""
-        known = [term for term in dict.fromkeys(terms(query)) if term in self._known]
+        known = [term for term in dict.fromkeys(self._analyze(query)) if term in self._known]
         if not known:
             return [0.0] * self._size
         return [float(score) for score in self._index.get_scores(known)]

@@ -1,0 +1,106 @@
+"""Find the passages that answer: a cheap look at all of them, a model's look at the best.
+
+The first stage is BM25 over words plus BM25 over character n-grams, which finds what inflection, compounds
+and typing errors hide from words. The second asks the `Reader` how well each candidate predicts the
+question. The two are fused by their scores: ranks would throw away that one candidate is far ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agentctx.memory.lexical import Lexical, grams
+from agentctx.workflows.ports import Reader
+
+CANDIDATES = 50  # gold among them for 99 of 100 development questions, see benchmarks/finding.py
+LEXICAL_WEIGHT = 1.0  # nats per token that a full lexical match is worth; chosen on the same questions
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Positions of texts, best first, and how they came to stand so.
+
+    `scores` has one number per text: the fused score, or the first stage's if there was no reader; a text
+    the reader did not look at has minus infinity and stands behind, in the first stage's order.
+    """
+
+    order: tuple[int, ...]
+    scores: tuple[float, ...]
+    scored: tuple[int, ...] = ()  # positions the reader looked at
+    likelihoods: tuple[float, ...] = ()  # mean log P(question token | text), one per position in `scored`
+    computed_tokens: int = 0
+    reused_tokens: int = 0
+
+
+class FirstStage:
+    """The lexical index of some texts. Build it once if several questions are asked of them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._indexes = (Lexical(texts), Lexical(texts, grams))
+
+    def scores(self, question: str) -> list[float]:
+        """One score per text from 0.0 to 1.0: the mean of both indexes, each relative to its best text."""
+        scaled = [_relative(index.scores(question)) for index in self._indexes]
+        return [sum(pair) / len(pair) for pair in zip(*scaled, strict=True)]
+
+
+async def rank(
+    question: str,
+    texts: Sequence[str],
+    *,
+    reader: Reader | None,
+    candidates: int = CANDIDATES,
+    first: FirstStage | None = None,
+) -> Ranking:
+    """Order all texts by how likely they answer, the reader looking at the best `candidates` of them.
+
+    Costs at most `rank_cost` tokens of the reader. `first` must have been built over the same texts.
+    """
+    lexical, chosen = await asyncio.to_thread(_candidates, question, texts, candidates, first)
+    behind = sorted(range(len(texts)), key=lambda position: -lexical[position])
+    if reader is None or not chosen:
+        return Ranking(tuple(behind), tuple(lexical))
+    seen = await reader.likelihood(question, [texts[position] for position in chosen])
+    scores = [-math.inf] * len(texts)
+    for position, likelihood in zip(chosen, seen.values, strict=True):
+        scores[position] = likelihood + LEXICAL_WEIGHT * lexical[position]
+    return Ranking(
+        order=tuple(sorted(behind, key=lambda position: -scores[position])),
+        scores=tuple(scores),
+        scored=tuple(chosen),
+        likelihoods=seen.values,
+        computed_tokens=seen.computed_tokens,
+        reused_tokens=seen.reused_tokens,
+    )
+
+
+def rank_cost(
+    question: str,
+    texts: Sequence[str],
+    *,
+    reader: Reader | None,
+    candidates: int = CANDIDATES,
+    first: FirstStage | None = None,
+) -> int:
+    """The most tokens the reader computes in `rank` with the same arguments. Calls no model."""
+    if reader is None:
+        return 0
+    _, chosen = _candidates(question, texts, candidates, first)
+    return reader.likelihood_cost(question, [texts[position] for position in chosen])
+
+
+def _candidates(
+    question: str, texts: Sequence[str], candidates: int, first: FirstStage | None
+) -> tuple[list[float], list[int]]:
+    """The first stage's scores, and the positions of its best texts in the order of the texts."""
+    lexical = (first or FirstStage(texts)).scores(question)
+    best = sorted(range(len(texts)), key=lambda position: -lexical[position])
+    return lexical, sorted(best[:candidates])
+
+
+def _relative(scores: Sequence[float]) -> list[float]:
+    top = max(scores, default=0.0) or 1.0
+    return [score / top for score in scores]
