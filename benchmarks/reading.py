@@ -118,9 +118,7 @@ class Writer:
             messages = convert_to_openai_messages(short_answer_messages(question, passage, fence=FENCE))
         else:
             messages = [{"role": "user", "content": f"Answer in a few words.\nQuestion: {question}?"}]
-        return str(
-            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 async def shown(

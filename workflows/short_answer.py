@@ -27,7 +27,7 @@ Answer in a few words, using only the text above.
 Question: {question}"""
 
 _PREAMBLE = re.compile(
-    r"(?:(?:based on|according to|in) the (?:given |provided )?(?:text|passage)(?: above)?,?\s+"
+    r"(?:(?:based on|according to|in) the (?:given |provided )?(?:text|passage)(?: above)?,\s+"
     r"|(?:the )?(?:short )?answer(?: to (?:your|the|this) question)?\s*(?:is\b\s*:?|:)\s*"
     r"|[aA]:\s*)",
     re.IGNORECASE,
