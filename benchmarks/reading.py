@@ -1,0 +1,307 @@
+"""What a small model makes of the passages it is given: which sentence is shown, which answer beside it.
+
+    python benchmarks/reading.py DATA_DIR --model FOLDER --out benchmarks/results/reading.json
+
+Natural Questions (`lost_in_the_middle/nq_oracle.jsonl`), every second question: the others were used to
+choose the methods. A *hit* is a gold answer inside the text in question (SQuAD's normalisation).
+
+- `spans`: is the answer in the sentences that a method shows? Methods: the longest sentences, BM25, query
+  likelihood of the bare sentence and of the sentence under its heading, each alone and with the short
+  answer's words (`agentctx.workflows.pick`); the whole passage is the upper bound.
+- `answers`: the short answer with and without the passage, and how often it is right when the code says
+  that the shown span supports it, and when not.
+- `lengths`: all of N tokens read in one call, against reading only the best of the same passages. The
+  passages beside the right one are those BM25 takes for it, so they are hard.
+
+Intervals are 95 % bootstrap intervals over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import threading
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from langchain_core.messages import convert_to_openai_messages
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agentctx.memory.lexical import Lexical
+from agentctx.memory.sentences import sentences
+from agentctx.models.reader import TransformersReader
+from agentctx.workflows.grounding import supports
+from agentctx.workflows.pick import pick, pick_cost
+from agentctx.workflows.short_answer import MAX_TOKENS, clean_short_answer, short_answer_messages
+
+LENGTHS = (300, 600, 1000, 1600)  # tokens of passages in one call
+FENCE = "text-7f3a"
+RESAMPLES = 2000
+BATCH = 10  # replies written side by side
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, what counts as right, and all passages in BM25's order with the right one's text."""
+
+    question: str
+    gold: tuple[str, ...]
+    passage: str
+    found: tuple[str, ...]  # BM25's best passages among all, best first
+
+
+def load(folder: Path, number: int, split: str) -> list[Item]:
+    """The first `number` questions of one half."""
+    rows = [json.loads(line) for line in (folder / "lost_in_the_middle/nq_oracle.jsonl").open()]
+    passages = list(dict.fromkeys(row["context"] for row in rows))
+    words = Lexical(passages)
+    return [
+        Item(
+            row["question"],
+            tuple(row["answers"]),
+            row["context"],
+            tuple(passages[position] for position in words.top(row["question"], 20)),
+        )
+        for row in rows[0 if split == "development" else 1 :: 2][:number]
+    ]
+
+
+def normal(text: str) -> str:
+    """Letters and digits only, one space between words, no articles."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[\W_]+", " ", folded).split()
+    return f" {' '.join(word for word in words if word not in ('a', 'an', 'the'))} "
+
+
+def hit(text: str, gold: Sequence[str]) -> bool:
+    return any(normal(answer) in normal(text) for answer in gold)
+
+
+class Writer:
+    """Greedy replies in batches; a prompt seen before is not run again."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._replies: dict[str, str] = {}
+        tokenizer.padding_side = "left"
+
+    def answers(self, asked: Sequence[tuple[str, str]]) -> list[str]:
+        """A short answer per (question, passage), cleaned."""
+        prompts = [self._render(question, passage) for question, passage in asked]
+        missing = sorted(set(prompts) - self._replies.keys(), key=len)
+        for at in range(0, len(missing), BATCH):
+            batch = missing[at : at + BATCH]
+            inputs = self._tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=False)
+            with torch.inference_mode():
+                output = self._model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            self._replies |= zip(
+                batch, self._tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            )
+        return [clean_short_answer(self._replies[prompt]) for prompt in prompts]
+
+    def _render(self, question: str, passage: str) -> str:
+        if passage:
+            messages = convert_to_openai_messages(short_answer_messages(question, passage, fence=FENCE))
+        else:
+            messages = [{"role": "user", "content": f"Answer in a few words.\nQuestion: {question}?"}]
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+async def shown(
+    item: Item, passages: Sequence[str], reader: TransformersReader | None, answer: str, limit: int
+) -> str:
+    """What a person would see of the passages."""
+    picked = await pick(item.question, passages, reader=reader, answer=answer, limit=limit)
+    return "\n".join(passages[span.passage][span.start : span.end] for span in picked.picks)
+
+
+async def bare(item: Item, reader: TransformersReader | None, limit: int) -> str:
+    """The best sentences of the right passage by bare likelihood, or the longest without a reader."""
+    texts = [item.passage[start:end] for start, end in sentences(item.passage)]
+    if reader is None:
+        scores: Sequence[float] = [len(text) for text in texts]
+    else:
+        scores = (await reader.likelihood(item.question, texts)).values
+    order = sorted(range(len(texts)), key=lambda position: -scores[position])
+    return "\n".join(texts[position] for position in order[:limit])
+
+
+async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequence[str]) -> Table:
+    """Hits of each method with one and with two sentences of the right passage; then of found passages."""
+    texts: dict[str, list[str]] = {"passage": [item.passage for item in items]}
+    for limit in (1, 2):
+        texts[f"longest/{limit}"] = [await bare(item, None, limit) for item in items]
+        texts[f"likelihood_bare/{limit}"] = [await bare(item, reader, limit) for item in items]
+        for name, scorer in (("bm25", None), ("likelihood", reader)):
+            for suffix, replies in (("", [""] * len(items)), ("+answer", answers)):
+                texts[f"{name}{suffix}/{limit}"] = [
+                    await shown(item, [item.passage], scorer, reply, limit)
+                    for item, reply in zip(items, replies, strict=True)
+                ]
+    return {name: scored(items, column) for name, column in texts.items()}
+
+
+async def found_spans(items: Sequence[Item], reader: TransformersReader, writer: Writer) -> Table:
+    """The same for what BM25 finds among all passages: its first, and its first three."""
+    answers = writer.answers([(item.question, item.found[0]) for item in items])
+    texts: dict[str, list[str]] = {
+        f"first_{many}": ["\n".join(item.found[:many]) for item in items] for many in (1, 3)
+    }
+    for many in (1, 3):
+        for limit in (1, 2):
+            texts[f"first_{many}/picked/{limit}"] = [
+                await shown(item, item.found[:many], reader, reply, limit)
+                for item, reply in zip(items, answers, strict=True)
+            ]
+    tokens = [pick_cost(item.question, item.found[:1], reader=reader) for item in items]
+    return {name: scored(items, column) for name, column in texts.items()} | {
+        "reader_tokens_per_passage": {"mean": float(np.mean(tokens)), "most": max(tokens)}
+    }
+
+
+async def answers_table(
+    items: Sequence[Item], reader: TransformersReader, writer: Writer, answers: Sequence[str]
+) -> Table:
+    """How often the short answer is right: in all, closed book, and by the verdict on its support."""
+    right = [hit(answer, item.gold) for item, answer in zip(items, answers, strict=True)]
+    closed = writer.answers([(item.question, "") for item in items])
+    table: Table = {
+        "from_passage": interval(right),
+        "closed_book": interval([hit(a, item.gold) for item, a in zip(items, closed, strict=True)]),
+        "words": float(np.mean([len(answer.split()) for answer in answers])),
+    }
+    for limit in (1, 2, None):
+        spans_shown = [
+            item.passage if limit is None else await shown(item, [item.passage], reader, reply, limit)
+            for item, reply in zip(items, answers, strict=True)
+        ]
+        verdicts = [
+            supports(reply, span, item.question)
+            for item, reply, span in zip(items, answers, spans_shown, strict=True)
+        ]
+        table[f"by_span_of_{limit or 'passage'}"] = {
+            "supported": interval(verdicts),
+            "right_if_supported": interval([r for r, v in zip(right, verdicts, strict=True) if v]),
+            "right_if_not": interval([r for r, v in zip(right, verdicts, strict=True) if not v]),
+        }
+    return table
+
+
+async def lengths(
+    items: Sequence[Item],
+    reader: TransformersReader,
+    writer: Writer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Table:
+    """Right answers when N tokens are read at once, and when only the best of the same passages is read."""
+    table: Table = {}
+    for length in LENGTHS:
+        chosen = [passages_of(item, length, tokenizer) for item in items]
+        everything = [(item.question, "\n\n".join(texts)) for item, texts in zip(items, chosen, strict=True)]
+        best = [
+            (item.question, texts[int(np.argmax((await reader.likelihood(item.question, texts)).values))])
+            for item, texts in zip(items, chosen, strict=True)
+        ]
+        direct, selected = (
+            [hit(reply, item.gold) for item, reply in zip(items, writer.answers(asked), strict=True)]
+            for asked in (everything, best)
+        )
+        table[str(length)] = {
+            "passages": float(np.mean([len(texts) for texts in chosen])),
+            "all": interval(direct),
+            "best": interval(selected),
+            "all-best": interval([int(d) - int(s) for d, s in zip(direct, selected, strict=True)]),
+            "best_is_right_passage": interval(
+                [passage == item.passage for item, (_, passage) in zip(items, best, strict=True)]
+            ),
+        }
+        print(length, json.dumps(table[str(length)]), flush=True)
+    return table
+
+
+def passages_of(item: Item, length: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The right passage and the likeliest wrong ones, at most `length` tokens in all, in a drawn order."""
+    texts, left = [item.passage], length - len(tokenizer(item.passage).input_ids)
+    for other in item.found:
+        tokens = len(tokenizer(other).input_ids)
+        if other != item.passage and tokens <= left:
+            texts.append(other)
+            left -= tokens
+    random.Random(f"{item.question}/{length}").shuffle(texts)
+    return texts
+
+
+def scored(items: Sequence[Item], texts: Sequence[str]) -> Table:
+    hits = [hit(text, item.gold) for item, text in zip(items, texts, strict=True)]
+    return {**interval(hits), "words": float(np.mean([len(text.split()) for text in texts]))}
+
+
+def interval(values: Sequence[float]) -> Table:
+    """Mean, number of values and the 95 % bootstrap interval of the mean."""
+    if not values:
+        return {"mean": None, "n": 0}
+    sample = np.asarray(values, dtype=float)
+    means = np.random.default_rng(0).choice(sample, (RESAMPLES, len(sample))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(sample.mean()), "low": float(low), "high": float(high), "n": len(sample)}
+
+
+async def measure(args: argparse.Namespace) -> Table:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    reader = TransformersReader(model, tokenizer, lock=threading.Lock())
+    writer = Writer(model, tokenizer)
+    items = load(args.data, args.questions, args.split)
+    begun = time.perf_counter()
+    answers = writer.answers([(item.question, item.passage) for item in items])
+    result: Table = {"spans": await spans(items, reader, answers)}
+    print(json.dumps(result, indent=1), flush=True)
+    result["answers"] = await answers_table(items, reader, writer, answers)
+    print(json.dumps(result["answers"], indent=1), flush=True)
+    result["found_spans"] = await found_spans(items, reader, writer)
+    print(json.dumps(result["found_spans"], indent=1), flush=True)
+    if args.length_questions:
+        result["lengths"] = await lengths(items[: args.length_questions], reader, writer, tokenizer)
+    if args.replies:
+        rows = zip(items, answers, strict=True)
+        args.replies.write_text("\n".join(json.dumps([i.question, i.gold, a]) for i, a in rows))
+    return result | {"seconds": time.perf_counter() - begun}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with lost_in_the_middle/")
+    parser.add_argument("--model", type=Path, required=True, help="a transformers folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--length-questions", type=int, default=30, help="0 leaves the lengths out")
+    parser.add_argument("--split", choices=("test", "development"), default="test")
+    parser.add_argument("--replies", type=Path, help="write the short answers here")
+    args = parser.parse_args()
+    result = asyncio.run(measure(args))
+    result["about"] = {
+        "model": args.model.name,
+        "split": args.split,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["about"]))
+
+
+if __name__ == "__main__":
+    main()

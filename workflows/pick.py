@@ -1,0 +1,160 @@
+"""Pick the sentences to show: the verbatim spans of a few passages that answer the question.
+
+Two signals, neither of them a judgement a small model would have to write down:
+
+- how well the sentence, read under its heading, predicts the question (the Reader's query likelihood);
+- how much of a short answer that the model gave from the passage stands in the sentence. Asked for a few
+  words, a small model often names the right place though it words the answer badly.
+
+Without a Reader, the words a sentence shares with the question (BM25) stand in for the first.
+`benchmarks/reading.py` compares the two, their sum and the alternatives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agentctx.memory.lexical import Lexical
+from agentctx.memory.sentences import sentences
+from agentctx.workflows.grounding import supported_share
+from agentctx.workflows.ports import Reader
+
+ANSWER_WEIGHT = 2.0  # nats per question token that a sentence with the whole short answer is worth
+_HEADING = 80  # characters; a longer line is text
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """`passages[passage][start:end]`, one sentence or neighbouring ones; a higher score is better."""
+
+    passage: int
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Picks, best first, and the Reader tokens they cost."""
+
+    picks: tuple[Pick, ...]
+    computed_tokens: int = 0
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    passage: int
+    start: int
+    end: int
+    ordinal: int  # among the passage's sentences
+    text: str  # the sentence
+    read: str  # the sentence as the Reader sees it, under its heading
+
+
+async def pick(
+    question: str,
+    passages: Sequence[str],
+    *,
+    reader: Reader | None,
+    answer: str = "",
+    limit: int = 2,
+    max_tokens: int | None = None,
+) -> Picked:
+    """The best `limit` sentences of all passages; chosen neighbours become one pick.
+
+    `answer` is a short answer given from these passages, or "". At most `max_tokens` Reader tokens are
+    spent: the candidates that share the fewest words with the question are not scored then, and are not
+    picked. None of them scored, or no reader: words alone decide.
+    """
+    candidates, lexical = await asyncio.to_thread(_prepare, question, passages)
+    scores, computed, reused = lexical, 0, 0
+    if reader is not None:
+        seen = _affordable(question, candidates, lexical, reader, max_tokens)
+        if seen:
+            candidates = [candidates[position] for position in seen]
+            likelihood = await reader.likelihood(question, [candidate.read for candidate in candidates])
+            scores = list(likelihood.values)
+            computed, reused = likelihood.computed_tokens, likelihood.reused_tokens
+    scores = [
+        score + ANSWER_WEIGHT * supported_share(answer, candidate.text, question)
+        for candidate, score in zip(candidates, scores, strict=True)
+    ]
+    best = sorted(range(len(candidates)), key=lambda position: -scores[position])[:limit]
+    picks = _joined([(candidates[position], scores[position]) for position in best])
+    return Picked(tuple(picks), computed, reused)
+
+
+def pick_cost(question: str, passages: Sequence[str], *, reader: Reader | None) -> int:
+    """The most Reader tokens `pick` can compute for these passages; additive over passages."""
+    if reader is None:
+        return 0
+    return reader.likelihood_cost(question, [candidate.read for candidate in _candidates(passages)])
+
+
+def _prepare(question: str, passages: Sequence[str]) -> tuple[list[_Candidate], list[float]]:
+    """All candidates with their lexical scores, scaled to at most 1.0."""
+    candidates = _candidates(passages)
+    scores = Lexical([candidate.read for candidate in candidates]).scores(question)
+    highest = max(scores, default=0.0) or 1.0
+    return candidates, [score / highest for score in scores]
+
+
+def _candidates(passages: Sequence[str]) -> list[_Candidate]:
+    found: list[_Candidate] = []
+    for number, passage in enumerate(passages):
+        spans = sentences(passage)
+        context = ""
+        for ordinal, (start, end) in enumerate(spans):
+            text = passage[start:end]
+            following = spans[ordinal + 1] if ordinal + 1 < len(spans) else None
+            if following and _heads(passage, (start, end), following):
+                context = text
+            else:
+                read = f"{context}: {text}" if context else text
+                found.append(_Candidate(number, start, end, ordinal, text, read))
+    return found
+
+
+def _heads(passage: str, line: tuple[int, int], following: tuple[int, int]) -> bool:
+    """True if a line is a heading of what follows: short, unpunctuated, above a longer line of text."""
+    start, end = line
+    return (
+        end - start <= _HEADING
+        and passage[end - 1] not in ".!?:;,。！？"
+        and "\n" in passage[end : following[0]]
+        and following[1] - following[0] > max(_HEADING, end - start)
+    )
+
+
+def _affordable(
+    question: str,
+    candidates: Sequence[_Candidate],
+    lexical: Sequence[float],
+    reader: Reader,
+    max_tokens: int | None,
+) -> list[int]:
+    """Positions of the candidates to score, in order: all, or the lexically best that the tokens allow."""
+    if max_tokens is None:
+        return list(range(len(candidates)))
+    order = sorted(range(len(candidates)), key=lambda position: -lexical[position])
+
+    def cost(number: int) -> int:
+        return reader.likelihood_cost(question, [candidates[position].read for position in order[:number]])
+
+    return sorted(order[: bisect_right(range(1, len(order) + 1), max_tokens, key=cost)])
+
+
+def _joined(chosen: Sequence[tuple[_Candidate, float]]) -> list[Pick]:
+    """Make one pick of sentences that follow each other in a passage."""
+    picks: list[tuple[int, Pick]] = []  # with the ordinal of the pick's last sentence
+    for candidate, score in sorted(chosen, key=lambda item: (item[0].passage, item[0].ordinal)):
+        new = Pick(candidate.passage, candidate.start, candidate.end, score)
+        if picks and picks[-1][1].passage == new.passage and picks[-1][0] + 1 == candidate.ordinal:
+            last = picks.pop()[1]
+            new = Pick(new.passage, last.start, new.end, max(last.score, score))
+        picks.append((candidate.ordinal, new))
+    return sorted((found for _, found in picks), key=lambda found: -found.score)
