@@ -19,6 +19,7 @@ from pathlib import Path
 
 from agentctx.memory.errors import AgentctxError, ModelError
 from agentctx.paths import Paths
+from agentctx.privacy import TRACING
 
 ROOM = 1_000_000_000  # bytes free that a first use may need
 NETWORK = {
@@ -40,7 +41,6 @@ PACKAGES = (
     "bm25s",
     "semantic-text-splitter",
 )
-UPLOADS = ("LANGSMITH_TRACING", "LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING", "LANGCHAIN_TRACING_V2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _models(paths: Paths) -> Iterator[Check]:
 
 
 def _environment() -> Iterator[Check]:
-    for name in UPLOADS:
+    for name in TRACING:
         if os.environ.get(name, "").lower() == "true":
             detail = f"{name} is true: LangChain uploads runs, with the text of documents"
             yield Check("environment", False, detail, f"unset {name}, or pass --offline")

@@ -54,8 +54,9 @@ def plan_ask(options: Options, question: Question = None, paths: Paths = None) -
 
 @plan.command("summarize")
 @expand
-def plan_summarize(options: Options, paths: Paths = None, focus: Focus = None) -> None:
+def plan_summarize(options: Options, paths: Paths = None, per: Per = Per.all, focus: Focus = None) -> None:
     """What `summarize` would cost at most."""
     execute(
-        Job("plan summarize", "summarize", paths or (), focus), replace(options, dry_run=True, resume=None)
+        Job("plan summarize", "summarize", paths or (), focus, per.value),
+        replace(options, dry_run=True, resume=None),
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from agentctx.memory.errors import AgentctxError
     from agentctx.memory.types import Answer, Notice, Plan
     from agentctx.result import Result
+    from agentctx.workflows.profile import ModelProfile
     from agentctx.workflows.trace import Event
 
 
@@ -59,6 +60,8 @@ class Output:
         self.on_broken: Callable[[], None] = lambda: None
         hidden = options.quiet or options.no_progress or not sys.stderr.isatty()
         self.progress = Progress(enabled=not hidden)
+        self.profile: ModelProfile | None = None
+        self.resumable = True
         self._last = ("", 0)
 
     def event(self, event: Event) -> None:
@@ -79,18 +82,20 @@ class Output:
 
         self._notices((*answer.coverage.skipped, *answer.warnings))
         if self.options.json or self.options.stream:
-            self._result(result(answer, self.command))
+            self._result(result(answer, self.command, self.profile))
         else:
             self._lines(answer_lines(answer, quiet=self.options.quiet))
+        if answer.status == "partial" and self.resumable and not self.broken:
+            print(f"hint: agentctx runs resume {answer.run_id}", file=sys.stderr)
 
-    def plan(self, plan: Plan, model: str, notices: Iterable[Notice] = ()) -> None:
+    def plan(self, plan: Plan, profile: ModelProfile, notices: Iterable[Notice] = ()) -> None:
         """Show the plan of a dry run."""
         from agentctx.cli.render import plan_lines
         from agentctx.result import planned
 
         self._notices(notices)
         if self.options.json or self.options.stream:
-            self._result(planned(plan, self.command, model))
+            self._result(planned(plan, self.command, profile))
         else:
             self._lines(plan_lines(plan))
 
@@ -100,7 +105,7 @@ class Output:
         from agentctx.result import failure
 
         if self.options.json or self.options.stream:
-            self._result(failure(error, self.command))
+            self._result(failure(error, self.command, self.profile))
         elif isinstance(error, BudgetExceeded) and error.partial:
             self.answer(error.partial)
         self.progress.clear()

@@ -13,7 +13,11 @@ INTERVAL = 0.1  # seconds between two changes of the line
 
 
 class Progress:
-    """Shows stages with their share, or the number of calls of a run; silent when not `enabled`."""
+    """Shows stages with their share, or the number of calls of a run.
+
+    When not `enabled`, a stage is still announced by one plain line when it begins: stages are rare, and a
+    download that nobody named must not be silent.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -22,6 +26,8 @@ class Progress:
 
     def stage(self, label: str, done: int, total: int | None) -> None:
         """A stage of `total` steps (None: unknown), of which `done` are done."""
+        if not self.enabled and done == 0:
+            print(label, file=sys.stderr)
         share = f" {done / total:.0%}" if total else ""
         self._show(f"{label}{share}", force=done == 0)
 

@@ -99,6 +99,7 @@ def _run(
     stop: Stop,
 ) -> int:
     context = _open(sources, settings, output)
+    output.profile, output.resumable = context.model.profile, not settings.ephemeral
     skipped = context.corpus.skipped
     if options.strict_inputs and skipped:
         first = skipped[0]
@@ -106,8 +107,8 @@ def _run(
         raise InputError(message, code=first.code, source=first.source, hint="leave out --strict-inputs")
     strategy, budget = settings.strategy, settings.budget()
     if options.dry_run:
-        plan = context.plan(job.question, task=job.task, strategy=strategy, budget=budget)
-        output.plan(plan, settings.model, (*skipped, *context.corpus.warnings))
+        plan = context.plan(job.question, task=job.task, per=job.per, strategy=strategy, budget=budget)
+        output.plan(plan, context.model.profile, (*skipped, *context.corpus.warnings))
         return exits.OK
     with stopping(stop):
         if job.task == "ask":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,7 @@ def ls(json: Json = False) -> None:
     from agentctx.cli.render import columns
 
     runs = _runs().list()
-    rows = [(r.run_id, str(r.started), r.status, r.task, r.strategy, r.question or "") for r in runs]
+    rows = [(r.run_id, _when(r.started), r.status, r.task, r.strategy, r.question or "") for r in runs]
     lines = columns([("run", "started", "status", "task", "strategy", "question"), *rows])
     show({"runs": [asdict(run) for run in runs]}, lines, "runs ls", as_json=json)
 
@@ -56,6 +57,10 @@ def rm(run_ids: Annotated[list[str], typer.Argument(metavar="RUN_ID...")], json:
     for run_id in run_ids:
         runs.remove(run_id)
     show({"removed": run_ids}, [f"removed {run_id}" for run_id in run_ids], "runs rm", as_json=json)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _runs() -> Runs:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from agentctx.memory.documents import open_documents
 from agentctx.memory.errors import BudgetExceeded, ConfigError, ModelError
 from agentctx.memory.types import Answer, Citation, Cost, Coverage, Notice, Plan, Span, Stage, Usage
+from agentctx.workflows.profile import ModelProfile
 
 CEILING = Cost(3, 900, 120)
 PLAN = Plan("spans", {}, (Stage("read", "reader", CEILING, 1, 2.0),), CEILING, 2.0, 1, Cost(), 1.0, 9)
@@ -31,17 +32,17 @@ class Context:
     opened = None  # the keyword arguments of the last `open`
 
     def __init__(self, corpus, model):
-        self.corpus, self.model = corpus, model
+        self.corpus, self.name = corpus, model
+        self.model = SimpleNamespace(profile=ModelProfile(model, "scripted", "f00", 8192))
 
     @classmethod
     def open(cls, sources, *, model, selection, stdin, **rest):
         cls.opened = {"sources": sources, "model": model, **rest}
         if model == "absent":
             raise ModelError("no model 'absent'", code="not_fetched", hint="agentctx models ls")
-        rest["progress"]("loading", 0, None)
         return cls(open_documents(sources, selection=selection, stdin=stdin), model)
 
-    def plan(self, question, *, task, strategy, budget):
+    def plan(self, question, *, task, per, strategy, budget):
         if budget.calls == 0:
             raise ConfigError("no call fits")
         return PLAN
@@ -109,7 +110,7 @@ class Context:
         usage = Usage(2, 300, 20, 0.5)
         warnings = (*self.corpus.warnings, Notice("window_uncalibrated", "the window was not probed"))
         return Answer(
-            text, citations, coverage, "spans", self.model, usage, PLAN, run_id, status, warnings, **rest
+            text, citations, coverage, "spans", self.name, usage, PLAN, run_id, status, warnings, **rest
         )
 
 

@@ -92,6 +92,7 @@ def test_a_spent_budget_shows_the_partial_answer_as_text(api, capfd):
     assert run(["ask", "budget", "a.txt"]) == 5
     out, err = capfd.readouterr()
     assert out.startswith("so far\n") and "error: 3 of 3 calls are spent" in err
+    assert "agentctx runs resume 01RUN" in err
 
 
 def test_errors_take_three_lines_at_most(api, capfd):
