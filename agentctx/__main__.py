@@ -1,0 +1,5 @@
+"""`python -m agentctx` is `agentctx`."""
+
+from agentctx.cli.main import main
+
+main()

@@ -1,0 +1,160 @@
+"""One run from its flags to its exit code: open the sources, plan, run, show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import typer
+
+from agentctx.cli import exits
+from agentctx.cli.options import Options, OutputOptions
+from agentctx.cli.output import Output, claim_stdout
+from agentctx.cli.signals import stopping
+from agentctx.cli.sources import selection_of, sources_of
+from agentctx.memory.errors import AgentctxError, ConfigError, InputError
+
+if TYPE_CHECKING:
+    from agentctx.api import Context, Stop
+    from agentctx.memory.selection import Selection
+    from agentctx.memory.types import Answer
+    from agentctx.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What was asked for, and of what."""
+
+    command: str
+    task: Literal["ask", "summarize"]
+    paths: Sequence[str]
+    question: str | None = None  # of a summary: what to look at
+    per: Literal["all", "file", "chapter"] = "all"
+
+
+def execute(job: Job, options: Options) -> None:
+    """Run a job, or show its plan; ends the command with its exit code."""
+    from agentctx.settings import Settings
+
+    _one_form(options)
+    settings = Settings.load(options.flags(), options.config)
+    if options.resume:
+        resume(options.resume, job.command, options, offline=settings.offline)
+    selection = selection_of(options)
+    sources = sources_of(job.paths, options, selection)
+    with claim_stdout() as data:
+        output = Output(job.command, options, data)
+        code = _guarded(output, lambda stop: _run(job, options, settings, (sources, selection), output, stop))
+    raise typer.Exit(code)
+
+
+def resume(run_id: str, command: str, options: OutputOptions, *, offline: bool) -> NoReturn:
+    """Finish a run that was stopped; ends the command with its exit code."""
+    _one_form(options)
+
+    def body(stop: Stop) -> int:
+        from agentctx.api import Context
+
+        with stopping(stop):
+            answer = Context.resume(
+                run_id, offline=offline, stop=stop, on_event=output.event, progress=output.progress.stage
+            )
+        return _shown(answer, output)
+
+    with claim_stdout() as data:
+        output = Output(command, options, data)
+        code = _guarded(output, body)
+    raise typer.Exit(code)
+
+
+def _guarded(output: Output, body: Callable[[Stop], int]) -> int:
+    """Run `body`; a typed error is shown in the form that was asked for and becomes its exit code."""
+    from agentctx.api import Stop
+
+    stop = Stop()
+
+    def on_broken() -> None:
+        stop.request("closed pipe")
+        stop.request("closed pipe")  # nobody reads: do not even finish
+
+    output.on_broken = on_broken
+    try:
+        code = body(stop)
+    except AgentctxError as error:
+        output.failure(error)
+        code = exits.STOPPED.get(stop.reason or "", exits.of_error(error))
+    finally:
+        output.progress.clear()
+    return exits.CLOSED_PIPE if output.broken else code
+
+
+def _run(
+    job: Job,
+    options: Options,
+    settings: Settings,
+    sources: tuple[list[str], Selection],
+    output: Output,
+    stop: Stop,
+) -> int:
+    context = _open(sources, settings, output)
+    output.profile, output.resumable = context.model.profile, not settings.ephemeral
+    skipped = context.corpus.skipped
+    if options.strict_inputs and skipped:
+        first = skipped[0]
+        message = f"{len(skipped)} sources cannot be read, the first: {first.source}: {first.message}"
+        raise InputError(message, code=first.code, source=first.source, hint="leave out --strict-inputs")
+    strategy, budget = settings.strategy, settings.budget()
+    if options.dry_run:
+        plan = context.plan(job.question, task=job.task, per=job.per, strategy=strategy, budget=budget)
+        output.plan(plan, context.model.profile, (*skipped, *context.corpus.warnings))
+        return exits.OK
+    with stopping(stop):
+        if job.task == "ask":
+            answer = context.ask(
+                job.question or "",
+                strategy=strategy,
+                budget=budget,
+                run_id=options.run_id,
+                stop=stop,
+                on_event=output.event,
+            )
+        else:
+            answer = context.summarize(
+                job.question,
+                per=job.per,
+                strategy=strategy,
+                budget=budget,
+                run_id=options.run_id,
+                stop=stop,
+                on_event=output.event,
+            )
+    return _shown(answer, output)
+
+
+def _open(sources: tuple[list[str], Selection], settings: Settings, output: Output) -> Context:
+    from agentctx.api import Context
+
+    paths, selection = sources
+    return Context.open(
+        paths,
+        model=settings.model,
+        base_url=settings.base_url,
+        window=settings.window,
+        selection=selection,
+        stdin=sys.stdin.buffer if "-" in paths else None,
+        offline=settings.offline,
+        ephemeral=settings.ephemeral,
+        progress=output.progress.stage,
+    )
+
+
+def _shown(answer: Answer, output: Output) -> int:
+    output.answer(answer)
+    return exits.of_answer(answer, require_citations=output.options.require_citations)
+
+
+def _one_form(options: OutputOptions) -> None:
+    if options.json and options.stream:
+        raise ConfigError("--json and --stream exclude each other", hint="choose one")

