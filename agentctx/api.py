@@ -216,7 +216,13 @@ class Context:
     ) -> Answer:
         """`aresume` in a loop of its own."""
         return blocking(cls.aresume)(
-            run_id, budget=budget, paths=paths, offline=offline, stop=stop, on_event=on_event, progress=progress
+            run_id,
+            budget=budget,
+            paths=paths,
+            offline=offline,
+            stop=stop,
+            on_event=on_event,
+            progress=progress,
         )
 
     def _scope(self, task: Task, budget: Budget, tag: str | None = None) -> Scope:

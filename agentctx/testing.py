@@ -22,6 +22,7 @@ from agentctx.memory.errors import ModelError
 from agentctx.models.load import Model
 from agentctx.workflows.ports import Counter, Reader, Scores
 from agentctx.workflows.profile import ModelProfile, Tier
+from agentctx.workflows.roles import Claim
 
 Reply = Callable[[Sequence[BaseMessage]], str | dict[str, Any] | Exception]
 
@@ -171,14 +172,14 @@ def finding(pattern: str) -> Reply:
         system = str(messages[0].text)
         texts = list(fenced_texts(str(messages[-1].text)))
         matches = [match for text in texts for match in re.finditer(pattern, text)]
-        claims = [{"text": match[1], "quotes": [match[0]]} for match in matches][:8]
+        claims = [Claim(text=match[1], quotes=[match[0]]).model_dump() for match in matches][:8]
         if '"facts"' in system:
             return {"facts": claims, "confidence": 5 if claims else 0, "no_information": not claims}
         if '"points"' in system:
             return {"points": claims, "no_information": not claims}
         if '"claims"' in system:
-            text = "; ".join(claim["text"] for claim in claims)
+            text = "; ".join(str(claim["text"]) for claim in claims)
             return {"text": text, "claims": claims, "no_information": not claims}
-        return claims[0]["text"] if claims else "nothing"
+        return str(claims[0]["text"]) if claims else "nothing"
 
     return reply

@@ -32,8 +32,12 @@ class Verifier:
     def __init__(self, documents: Sequence[Document]) -> None:
         self._texts = {document.id: _Text(document) for document in documents}
 
-    def verify(self, quote: str, cited_id: str | None = None, claim: str = "") -> Citation:
+    def verify(
+        self, quote: str, cited_id: str | None = None, claim: str = "", *, near: int | None = None
+    ) -> Citation:
         """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
+
+        Of several places the one closest to the offset `near` is taken, or the first.
 
         `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
         place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
@@ -43,7 +47,7 @@ class Verifier:
         cited = [self._texts[cited_id]] if cited_id in self._texts else []
         others = [text for text in self._texts.values() if text not in cited]
         for texts in (cited, others):
-            if found := _first(texts, quote):
+            if found := _first(texts, quote, near):
                 verdict: Verdict = "supported" if cited_id is None or texts is cited else "misattributed"
                 return _citation(found, self._quoted([found]), verdict, claim, self._texts)
         if spans := self.fragments(quote, cited_id):
@@ -116,8 +120,8 @@ class _Text:
         return Span(self.document.id, start, end)
 
 
-def _first(texts: Sequence[_Text], quote: str) -> Span | None:
-    """The first place of the quote by the strictest comparison that finds one."""
+def _first(texts: Sequence[_Text], quote: str, near: int | None) -> Span | None:
+    """The place of the quote by the strictest comparison that finds one: the first, or the closest."""
     wrapped = quote.strip(_WRAPPING).removesuffix("...").removeprefix("...")
     comparisons: tuple[Callable[[_Text, str], Iterator[Span]], ...] = (
         _Text.exact,
@@ -128,9 +132,13 @@ def _first(texts: Sequence[_Text], quote: str) -> Span | None:
         long_enough = len("".join(wanted.split())) >= LEAST
         for compare in comparisons:
             for text in texts:
-                for span in compare(text, wanted):
-                    if long_enough or text.is_unit(span):
-                        return span
+                spans = (span for span in compare(text, wanted) if long_enough or text.is_unit(span))
+                if near is None:
+                    found = next(spans, None)
+                else:
+                    found = min(spans, key=lambda span: abs(span.start - near), default=None)
+                if found:
+                    return found
     return None
 
 

@@ -87,17 +87,16 @@ async def answer_pieces(run: RunContext, pieces: Sequence[Piece]) -> dict[str, A
 
 
 async def _spans(run: RunContext, pieces: Sequence[Piece], answer: str) -> list[list[Any]]:
-    """The verbatim sentences to show: the Reader's choice, one that supports the answer first."""
+    """The verbatim sentences to show, best first."""
     placed = [piece for piece in pieces if piece.span]
     question, texts = run.scope.task.question, [piece.text for piece in placed]
     try:
         reader = MeteredReader(run, finishing=True) if run.scope.reader else None
-        picks = await pick(question, texts, reader=reader)
+        picked = await pick(question, texts, reader=reader, answer=answer)
     except Refused:
-        picks = await pick(question, texts, reader=None)
-    picks = sorted(picks, key=lambda p: not supports(answer, texts[p.passage][p.start : p.end], question))
+        picked = await pick(question, texts, reader=None, answer=answer)
     spans = []
-    for chosen in picks[:1]:
+    for chosen in picked.picks:
         span = placed[chosen.passage].span
         assert span is not None
         spans.append(

@@ -109,7 +109,7 @@ def text_of_message(message: BaseMessage) -> str:
 def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:
     """The reply as its role's schema wants it, or None and what is wrong with it."""
     if role.schema is None:
-        return {"text": text.strip()}, ""
+        return {"text": role.clean(text)}, ""
     start = text.find("{")
     if start < 0:
         return None, "The reply holds no JSON object."

@@ -14,7 +14,7 @@ from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Chunk, Document, Span
 from agentctx.workflows.roles import Role
 from agentctx.workflows.scope import Scope
-from agentctx.workflows.split import MIN_TOKENS, pack, split
+from agentctx.workflows.split import LEAST, pack, split
 from agentctx.workflows.state import Part
 
 # A cut that does not fit is retried with chunks this much smaller.
@@ -56,14 +56,14 @@ def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
         for d in scope.documents.values()
     )
     chunk_tokens = min(limit or room, room - empty - label)
-    while chunk_tokens >= MIN_TOKENS:
+    while chunk_tokens >= LEAST:
         made = _cut(scope, role, per, chunk_tokens, label)
         if all(read.input_tokens <= room for read in made.reads):
             return made
         chunk_tokens = int(chunk_tokens * FINER)
     raise ConfigError(
         f"the role {role.name} needs {empty + label + role.max_output:,} tokens besides the text, "
-        f"which leaves less than {MIN_TOKENS} of the window of {scope.profile.window:,}",
+        f"which leaves less than {LEAST} of the window of {scope.profile.window:,}",
         hint="ask a shorter question, or use a model with a larger window",
     )
 
@@ -77,7 +77,7 @@ def _cut(scope: Scope, role: Role, per: Part, chunk_tokens: int, label: int) -> 
         offset = len(chunks)
         chunks += mine
         at = offset
-        for group in pack(mine, chunk_tokens, label_tokens=label):
+        for group in pack(mine, chunk_tokens + label, label_tokens=label):
             indices = tuple(range(at, at + len(group)))
             at += len(group)
             pieces = [(scope.label(c.span), scope.text(c.span)) for c in group]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentctx.workflows import short_answer
 from agentctx.workflows.fence import fenced
 
 DATA_RULE = (
@@ -68,8 +69,12 @@ class Role:
     max_output: int
     closing: str = "Question: {question}"
 
+    def clean(self, reply: str) -> str:
+        """The text of a plain reply as it is kept."""
+        return reply.strip()
+
     def render(self, question: str, pieces: Sequence[tuple[str, str]], tag: str) -> list[BaseMessage]:
-        """The finished prompt: fenced (label, text) pieces first, so that prefixes are shared; question last."""
+        """The finished prompt: fenced (label, text) pieces first, so prefixes are shared; question last."""
         system = self.instruction
         if pieces:
             system += " " + DATA_RULE.format(tag=tag)
@@ -78,6 +83,19 @@ class Role:
         body = [fenced(text, tag, label) for label, text in pieces]
         body.append(self.closing.format(question=question) if question else "Give the main points.")
         return [SystemMessage(system), HumanMessage("\n\n".join(body))]
+
+
+class ShortAnswer(Role):
+    """A few words from one stretch of text, for a model that only reads; code cleans what it wrote."""
+
+    __slots__ = ()
+
+    def render(self, question: str, pieces: Sequence[tuple[str, str]], tag: str) -> list[BaseMessage]:
+        passage = "\n\n".join(text for _, text in pieces)
+        return short_answer.short_answer_messages(question, passage, fence=f"text-{tag}")
+
+    def clean(self, reply: str) -> str:
+        return short_answer.clean_short_answer(reply)
 
 
 def _example(**fields: object) -> str:
@@ -135,10 +153,4 @@ GIST = Role(
     60,
     closing="In one or two sentences, what does the text say about: {question}",
 )
-SHORT_ANSWER = Role(
-    "short_answer",
-    1,
-    "You answer the question in a few words, using only the given text.",
-    None,
-    40,
-)
+SHORT_ANSWER = ShortAnswer("short_answer", short_answer.VERSION, "", None, short_answer.MAX_TOKENS)

@@ -113,10 +113,10 @@ def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
 def _assemble(weights: Weights, profile: ModelProfile) -> Model:
     from agentctx.models.counters import TemplateCounter
     from agentctx.models.local import LocalChat
+    from agentctx.models.reader import TransformersReader
 
     chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context)
-    # READER: TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=KV_BYTES)
-    reader = None
+    reader = TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=KV_BYTES)
     return Model(chat, profile, TemplateCounter(chat.template), reader)
 
 

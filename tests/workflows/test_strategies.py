@@ -61,7 +61,9 @@ def test_a_needle_is_found_and_cited_within_the_plan(strategy, task, tiers):
     chat = ScriptedChat(reply=finding(NEEDLE))
     reader = ScriptedReader(lambda question, text: float("Zed" in text))
     window = 1500 if strategy != "direct" else 40000
-    ctx = context(chat, text=haystack(600), tiers=tiers, reader=reader if tiers == READS else None, window=window)
+    ctx = context(
+        chat, text=haystack(600), tiers=tiers, reader=reader if tiers == READS else None, window=window
+    )
     question = QUESTION if task == "ask" else None
     plan = ctx.plan(question, task=task, strategy=strategy)
     assert not chat.prompts, "a plan calls no model"
@@ -156,7 +158,12 @@ def test_a_model_that_cannot_be_reached_ends_the_run_at_once(code):
 
 
 def test_a_malformed_reply_is_repaired_once():
-    replies = iter(["I think it is K77", {"text": "K77", "claims": [{"text": "K77", "quotes": ["The code of Zed is K77."]}]}])
+    replies = iter(
+        [
+            "I think it is K77",
+            {"text": "K77", "claims": [{"text": "K77", "quotes": ["The code of Zed is K77."]}]},
+        ]
+    )
     chat = ScriptedChat(reply=lambda messages: next(replies))
     answer = context(chat, text="The code of Zed is K77.").ask(QUESTION)
     assert answer.status == "complete"
@@ -235,7 +242,9 @@ def test_a_second_stop_cancels_and_still_answers():
             stop.request("interrupted")
 
     chat = ScriptedChat(reply=finding(NEEDLE), delay=30)
-    answer = context(chat, text=haystack(300)).ask(QUESTION, strategy="map_reduce", stop=stop, on_event=listen)
+    answer = context(chat, text=haystack(300)).ask(
+        QUESTION, strategy="map_reduce", stop=stop, on_event=listen
+    )
     assert answer.status == "partial"
     assert answer.coverage.read == 0
 

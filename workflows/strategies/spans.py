@@ -22,10 +22,10 @@ from agentctx.workflows.conclude import Covered
 from agentctx.workflows.frame import Graph, Strategy, add_node
 from agentctx.workflows.meter import MeteredReader, Refused
 from agentctx.workflows.pick import pick_cost
-from agentctx.workflows.rank import rank, rank_cost
+from agentctx.workflows.rank import CANDIDATES, FirstStage, rank, rank_cost
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
-from agentctx.workflows.split import MIN_TOKENS
+from agentctx.workflows.split import LEAST
 from agentctx.workflows.state import State
 
 Method = Literal["auto", "likelihood", "lexical"]
@@ -41,14 +41,14 @@ class Spans(Strategy):
     name: ClassVar[str] = "spans"
     method: Method = "auto"
     keep: int | None = None
-    candidates: int = 50
+    candidates: int = CANDIDATES
     passage_tokens: int = 200
 
     def __post_init__(self) -> None:
         if self.method not in ("auto", "likelihood", "lexical"):
             raise ConfigError(f"method must be auto, likelihood or lexical, got {self.method!r}")
-        if self.passage_tokens < MIN_TOKENS:
-            raise ConfigError(f"passage_tokens must be at least {MIN_TOKENS}, got {self.passage_tokens}")
+        if self.passage_tokens < LEAST:
+            raise ConfigError(f"passage_tokens must be at least {LEAST}, got {self.passage_tokens}")
         if self.candidates < 1:
             raise ConfigError(f"candidates must be at least 1, got {self.candidates}")
 
@@ -63,6 +63,11 @@ class Spans(Strategy):
 
     def passages(self, scope: Scope) -> list[Chunk]:
         return scope.chunks(min(self.passage_tokens, scope.profile.window // 2))
+
+    def _first_stage(self, scope: Scope) -> FirstStage:
+        """The lexical index of the passages, shared by the plan and the run."""
+        passages = self.passages(scope)
+        return scope.keep((self, "first"), lambda: FirstStage([scope.text(p.span) for p in passages]))
 
     def room(self, scope: Scope) -> int:
         """Tokens of passages that are read."""
@@ -84,12 +89,18 @@ class Spans(Strategy):
         question, profile = scope.task.question, scope.profile
         stages = []
         if self.scores(scope):
-            tokens = rank_cost(question, texts, reader=scope.reader, candidates=self.candidates)
+            tokens = rank_cost(
+                question,
+                texts,
+                reader=scope.reader,
+                candidates=self.candidates,
+                first=self._first_stage(scope),
+            )
             stages.append(cost.scoring("rank", tokens, profile))
         role = answer_role(scope)
         empty, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
         # Each kept passage stands between its own delimiters; their number is bounded by what fits.
-        most = max(1, self.room(scope) // MIN_TOKENS + 1)
+        most = max(1, self.room(scope) // LEAST + 1)
         largest = min(
             profile.context - output, empty * most + self.room(scope) * 5 // 4 + self.passage_tokens
         )
@@ -125,11 +136,12 @@ class Spans(Strategy):
         passages = self.passages(scope)
         texts = [scope.text(passage.span) for passage in passages]
         reader = MeteredReader(run) if self.scores(scope) else None
+        question, first = scope.task.question, self._first_stage(scope)
         try:
-            ranking = await rank(scope.task.question, texts, reader=reader, candidates=self.candidates)
+            ranking = await rank(question, texts, reader=reader, candidates=self.candidates, first=first)
         except Refused as refused:
             run.warn("ranked_by_words", f"the passages were ranked by words alone ({refused})")
-            ranking = await rank(scope.task.question, texts, reader=None, candidates=self.candidates)
+            ranking = await rank(question, texts, reader=None, first=first)
         kept = list(ranking.order[:1])
         limit = self.largest_prompt(scope)
         for index in ranking.order[1:]:
