@@ -49,9 +49,9 @@ class Verifier:
         for texts in (cited, others):
             if found := _first(texts, quote, near):
                 verdict: Verdict = "supported" if cited_id is None or texts is cited else "misattributed"
-                return _citation(found, self._quoted([found]), verdict, claim, self._texts)
+                return self._citation([found], verdict, claim)
         if spans := self.fragments(quote, cited_id):
-            return _citation(spans[0], self._quoted(spans), "stitched", claim, self._texts)
+            return self._citation(spans, "stitched", claim)
         return Citation(cited[0].document.source if cited else "", None, quote, "not_found", claim=claim)
 
     def fragments(self, quote: str, cited_id: str | None = None) -> list[Span]:
@@ -66,10 +66,11 @@ class Verifier:
                 return [text.fragment(" ".join(words[start:end])) for start, end in cuts]
         return []
 
-    def _quoted(self, spans: Sequence[Span]) -> str:
-        return " … ".join(
-            self._texts[span.document_id].document.text[span.start : span.end] for span in spans
-        )
+    def _citation(self, spans: Sequence[Span], verdict: Verdict, claim: str) -> Citation:
+        document = self._texts[spans[0].document_id].document
+        page, locator = locate(document, spans[0])
+        quote = " … ".join(document.text[span.start : span.end] for span in spans)
+        return Citation(document.source, spans[0], quote, verdict, page, locator, claim)
 
 
 class _Text:
@@ -108,8 +109,9 @@ class _Text:
     def is_unit(self, span: Span) -> bool:
         """Whether the span is a whole line, or a whole cell of a table."""
         cell_ends = _LINE_ENDS + "\t|" + (',;"' if "csv" in self.document.media_type else "")
-        before = self.document.text[: span.start].rstrip(" \xa0")[-1:]
-        after = self.document.text[span.end :].lstrip(" \xa0")[:1]
+        text, gap = self.document.text, 200  # so many blanks are a gap between columns
+        before = text[max(0, span.start - gap) : span.start].rstrip(" \xa0")[-1:]
+        after = text[span.end : span.end + gap].lstrip(" \xa0")[:1]
         return before in cell_ends and after in cell_ends
 
     def _in_form(self, form: Normalised, quote: str) -> Iterator[Span]:
@@ -147,12 +149,6 @@ def _occurrences(text: str, wanted: str) -> Iterator[int]:
     while start >= 0:
         yield start
         start = text.find(wanted, start + 1)
-
-
-def _citation(span: Span, quote: str, verdict: Verdict, claim: str, texts: dict[str, _Text]) -> Citation:
-    document = texts[span.document_id].document
-    page, locator = locate(document, span)
-    return Citation(document.source, span, quote, verdict, page, locator, claim)
 
 
 def _cover(words: Sequence[str], text: str) -> list[tuple[int, int]]:

@@ -66,6 +66,8 @@ class Normalised:
     def _source_of(self, target: int) -> tuple[int, int]:
         part = bisect.bisect_right(self._target_starts, target) - 1
         source, next_source = self._source_starts[part], self._source_starts[part + 1]
+        if source == next_source:
+            source = self._source_starts[part - 1]
         offset = target - self._target_starts[part]
         if next_source - source == self._target_starts[part + 1] - self._target_starts[part]:
             return source + offset, source + offset + 1
@@ -85,7 +87,8 @@ def has_line_end_hyphen(text: str) -> bool:
 def _parts(text: str, hyphens: LineEndHyphens) -> Iterator[tuple[int, str]]:
     """Yield (source length, normal form) for the stretches of the text, in order.
 
-    Where both lengths are equal the stretch corresponds character by character.
+    Where both lengths are equal the stretch corresponds character by character. A length of 0 goes on with
+    the stretch before.
     """
     even = text.translate(_SAME_LENGTH)
     simple = unicodedata.is_normalized("NFKC", even) and len(even.casefold()) == len(even)
@@ -110,8 +113,12 @@ def _composed(run: str) -> Iterator[tuple[int, str]]:
         yield len(run), folded
         return
     for cluster in re.findall(rf".[{_marks()}]*", run, re.DOTALL):
-        composed = unicodedata.normalize("NFKC", cluster).translate(_SAME_LENGTH)
-        yield len(cluster), _folded(composed)
+        composed = _folded(unicodedata.normalize("NFKC", cluster).translate(_SAME_LENGTH))
+        if len(composed) == len(cluster) > 1:  # no letter by letter correspondence: the first takes it all
+            yield len(cluster), composed[0]
+            yield 0, composed[1:]
+        else:
+            yield len(cluster), composed
 
 
 def _folded(text: str) -> str:
