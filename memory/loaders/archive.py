@@ -20,7 +20,16 @@ MAX_RATIO = 100
 RATIO_FREE_BYTES = 10_000_000  # small files of repetitive XML pack better than 100:1 and harm nobody
 ENCRYPTED_FLAG = 1
 # what reading the members of a damaged archive raises, or parsing what they hold
-FAULTS = (BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError, SyntaxError, ValueError)
+FAULTS = (
+    BadZipFile,
+    zlib.error,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
 
 
 def open_archive(file: BinaryIO) -> ZipFile:

@@ -73,6 +73,13 @@ def test_html_is_what_a_browser_shows(tmp_path: Path) -> None:
     assert places(found, "heading")["The first part > Second"].startswith("Second\n\nend")
 
 
+def test_html_that_breaks_off_keeps_its_text() -> None:
+    assert extract("AT&amp;T without a tag").text == "AT&T without a tag"
+    assert extract("<p>one <b>two &lt; <a hre").text == "one two < <a hre"
+    assert extract("<p>a</p><script>if (a > b) {").text == "a"
+    assert extract("<a " * 100_000).text.count("<a") == 100_000  # ends soon
+
+
 def test_html_names_its_encoding(tmp_path: Path) -> None:
     markup = '<meta charset="windows-1251"><p>Суд постановил</p>'.encode("cp1251")
     corpus = opened(tmp_path / "a.html", markup)
@@ -153,6 +160,7 @@ def test_pdf_labels_and_pages_without_text(tmp_path: Path, make_pdf: Callable[..
     corpus = opened(tmp_path / "a.pdf", file.getvalue())
     (found,) = corpus.documents
     assert places(found, "page") == {1: "Preface", 2: "", 3: "One", 4: "Two"}
+    assert found.text == "Preface\n\n\n\nOne\n\nTwo"
     assert places(found, "page_label") == {"i": "Preface", "ii": "", "1": "One", "2": "Two"}
     assert [(notice.code, notice.message) for notice in corpus.warnings] == [
         ("no_text_layer", "1 of 4 pages have no text: 2")
@@ -207,7 +215,7 @@ def test_epub_with_a_missing_chapter_keeps_the_others(
             if not name.endswith("c 0.xhtml"):
                 copy.writestr(name, source.read(name))
     corpus = opened(tmp_path / "a.epub", file.getvalue())
-    assert corpus.documents[0].text.strip() == "Two"
+    assert corpus.documents[0].text == "Two"
     assert [notice.code for notice in corpus.warnings] == ["corrupt"]
 
 
