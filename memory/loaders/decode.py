@@ -56,6 +56,8 @@ def decode(data: bytes, encoding: str | None = None, *, declared: str | None = N
     guess = declared and codec_of(declared)
     if not guess or guess.startswith("utf-"):  # UTF-8 was just found not to fit, the others hold NULs
         guess = _guess(data)
+    if not guess:
+        return _finish(data, "utf-8")
     notice = Notice("encoding_guessed", f"not UTF-8, read as {guess}; --encoding names another")
     return _finish(data, guess, notice)
 
@@ -89,11 +91,11 @@ def codec_of(name: str) -> str | None:
     return codecs.lookup(name).name
 
 
-def _guess(data: bytes) -> str:
+def _guess(data: bytes) -> str | None:
     from charset_normalizer import from_bytes
 
     head = data[:GUESS_BYTES]
     if len(data) > GUESS_BYTES and (line_end := head.rfind(b"\n")) > 0:
         head = head[: line_end + 1]  # a cut through a character would mislead the detector
     best = from_bytes(head).best()
-    return best.encoding if best else "utf-8"
+    return best.encoding if best else None

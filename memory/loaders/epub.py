@@ -6,18 +6,16 @@ A chapter goes by its first heading, or by its place in the book if it has none.
 from __future__ import annotations
 
 import posixpath
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 from urllib.parse import unquote
-from xml.etree.ElementTree import Element, ParseError
-from zipfile import BadZipFile, ZipFile
+from xml.etree.ElementTree import Element
+from zipfile import ZipFile
 
-from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from agentctx.memory.errors import InputError
-from agentctx.memory.loaders.archive import open_archive
+from agentctx.memory.loaders.archive import FAULTS, faults_told, open_archive
 from agentctx.memory.loaders.decode import decode
 from agentctx.memory.loaders.html import extract
 from agentctx.memory.loaders.parts import Part
@@ -25,17 +23,14 @@ from agentctx.memory.types import Notice
 
 CONTAINER = "META-INF/container.xml"
 ENCRYPTION = "META-INF/encryption.xml"
-FAULTS = (BadZipFile, KeyError, zlib.error, EOFError, NotImplementedError, ParseError, DefusedXmlException)
 
 
 def read(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
     """One part per chapter that has text. Raises InputError `corrupt`, `encrypted`, or `empty`."""
     book = open_archive(file)
-    try:
+    with faults_told():
         names = _spine(book)
         locked = _locked(book)
-    except FAULTS as error:
-        raise InputError(f"not a readable EPUB: {error}", code="corrupt") from error
     if locked.intersection(names):
         raise InputError("the chapters are encrypted (DRM)", code="encrypted")
     count = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from typing import BinaryIO
 
@@ -41,8 +42,10 @@ def read(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
 def extract(markup: str) -> Part:
     """The visible text of a page, without surrounding white space, and its headings."""
     page = _Page()
-    page.feed(markup)
+    end_of_tags = markup.rfind(">") + 1
+    page.feed(markup[:end_of_tags])
     page.close()
+    page.handle_data(unescape(markup[end_of_tags:]))  # the parser is quadratic in "<" without ">"
     page.end_heading()
     text = "".join(page.pieces).rstrip()
     headings = [(min(start, len(text)), level, title) for start, level, title in page.headings]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -58,6 +59,7 @@ class Worker:
         process = self._running()
         parts: list[Part] = []
         late = threading.Event()
+        answered = False
 
         def stop() -> None:
             late.set()
@@ -69,18 +71,22 @@ class Worker:
             job = json.dumps({"reader": reader, "path": os.path.abspath(path), "encoding": encoding})
             if not process.stdin or not process.stdout:
                 raise RuntimeError("the worker has no pipes")
-            process.stdin.write(job + "\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it died before; its end is read below
+                process.stdin.write(job + "\n")
+                process.stdin.flush()
             for line in process.stdout:
+                if not line.endswith("\n"):
+                    break  # it died while it wrote
                 reply = json.loads(line)
                 if "end" in reply:
+                    answered = True
                     return parts, InputError(**reply["end"]) if reply["end"] else None
                 parts.append(_part(reply))
+            return parts, self._death(late.is_set())
         finally:
             timer.cancel()
-        error = self._death(late.is_set())
-        self.close()
-        return parts, error
+            if late.is_set() or not answered:
+                self.close()
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:

@@ -70,7 +70,7 @@ def _load(
         hint = "raise --max-file-bytes, or split it"
         raise InputError(f"{size:,} bytes, the limit is {limit:,}", code="too_large", hint=hint)
     row.check_installed()
-    parts, stopped = _read(row, file, path, size, worker, encoding)
+    parts, stopped = _read(row, file, path, worker, encoding)
     text, locators = join(parts)
     if not text.strip():
         raise stopped or InputError("nothing but white space", code="empty")
@@ -82,8 +82,8 @@ def _load(
 
 
 def _read(
-    row: Format, file: BinaryIO, path: str, size: int, worker: Worker, encoding: str | None
+    row: Format, file: BinaryIO, path: str, worker: Worker, encoding: str | None
 ) -> tuple[list[Part], InputError | None]:
-    if size > row.inline_bytes and row.inline_bytes < row.max_bytes:
+    if row.isolated:
         return worker.read(row.reader, path, encoding)
     return list(reader_of(row.reader)(file, encoding)), None

@@ -10,24 +10,32 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from agentctx.memory.errors import InputError
-from agentctx.memory.loaders.archive import open_archive
+from agentctx.memory.loaders.archive import faults_told, open_archive
 from agentctx.memory.loaders.headings import Heading, sections
 from agentctx.memory.loaders.parts import Part
 from agentctx.memory.types import Locator
 
 if TYPE_CHECKING:
+    from docx.document import Document as WordFile
     from docx.table import Table
     from docx.text.paragraph import Paragraph
+    from openpyxl import Workbook
+    from pptx.presentation import Presentation
     from pptx.shapes.base import BaseShape
 
 
 def read_docx(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
     """Paragraphs and tables in order, as one part: its headings span many paragraphs."""
     import docx
-    from docx.table import Table
 
     open_archive(file)
-    document = docx.Document(file)
+    with faults_told():
+        yield from _word(docx.Document(file))
+
+
+def _word(document: WordFile) -> Iterator[Part]:
+    from docx.table import Table
+
     pieces: list[str] = []
     locators: list[Locator] = []
     headings: list[Heading] = []
@@ -53,8 +61,13 @@ def read_pptx(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
     import pptx
 
     open_archive(file)
+    with faults_told():
+        yield from _slides(pptx.Presentation(file))
+
+
+def _slides(show: Presentation) -> Iterator[Part]:
     some = False
-    for number, slide in enumerate(pptx.Presentation(file).slides, 1):
+    for number, slide in enumerate(show.slides, 1):
         texts = [text for shape in slide.shapes for text in _shape(shape)]
         if slide.has_notes_slide and (frame := slide.notes_slide.notes_text_frame) and frame.text.strip():
             texts.append(f"Notes: {frame.text}")
@@ -70,9 +83,14 @@ def read_xlsx(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
     import openpyxl
 
     open_archive(file)
-    book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+    with faults_told():
+        yield from _sheets(openpyxl.load_workbook(file, read_only=True, data_only=True))
+
+
+def _sheets(book: Workbook) -> Iterator[Part]:
     some = False
     for sheet in book.worksheets:
+        sheet.reset_dimensions()  # a size that the file claims could make every row a million cells wide
         lines = [sheet.title]
         rows: list[Locator] = []
         offset = len(sheet.title) + 1

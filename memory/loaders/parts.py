@@ -38,6 +38,8 @@ def join(parts: Iterable[Part]) -> tuple[str, tuple[Locator, ...]]:
     locators: list[Locator] = []
     offset = 0
     for part in parts:
+        if not part.text and not part.locators:
+            continue  # it only brings a notice
         if texts:
             offset += len(GAP)
         texts.append(part.text)

@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from pypdf import PdfReader
@@ -22,14 +22,8 @@ from agentctx.memory.types import Locator, Notice
 
 # pypdf says of itself that broken files raise other exceptions than its own
 FAULTS = (
-    PyPdfError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    zlib.error,
+    *(PyPdfError, ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, OSError),
+    *(RecursionError, TypeError, ValueError, zlib.error),
 )
 CATALOGUE = re.compile(rb"(\d+)\s+\d+\s+obj\b(?:(?!endobj).){0,2000}?/Type\s*/Catalog\b", re.S)
 
@@ -48,8 +42,6 @@ def read(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
             if not part.text.strip() and not part.notices:
                 blank.append(number)
             yield part
-    except RecursionError as error:
-        raise _corrupt(f"broken after page {count}: {error}") from error
     except FAULTS as error:
         raise _corrupt(f"broken after page {count}: {_told(error)}") from error
     yield from _closing(count, blank, repaired)
@@ -101,11 +93,11 @@ def _repaired(data: bytes) -> io.BytesIO:
     return io.BytesIO(data + b"\n" + root + b"startxref\n0\n%%EOF\n")
 
 
-def _page(extract: object, number: int, labels: list[str]) -> Part:
+def _page(extract: Callable[[], str], number: int, labels: list[str]) -> Part:
     notices: tuple[Notice, ...] = ()
     try:
-        text = str(extract())  # type: ignore[operator]
-    except (*FAULTS, RecursionError) as error:
+        text = extract()
+    except FAULTS as error:
         text, notices = "", (Notice("corrupt", f"page {number} cannot be read: {_told(error)}"),)
     inner = []
     if number <= len(labels) and labels[number - 1] != str(number):
@@ -120,7 +112,7 @@ def _labels(pdf: PdfReader) -> list[str]:
         if "/PageLabels" not in pdf.root_object:
             return []
         return list(pdf.page_labels)
-    except (*FAULTS, RecursionError):
+    except FAULTS:
         return []
 
 

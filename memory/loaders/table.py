@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 TEXT_BYTES = 50_000_000
 BINARY_BYTES = 200_000_000
-# A hostile page of this size costs the parser a second at most; larger ones go to the worker.
-HTML_INLINE_BYTES = 64 * 1024
 SNIFF_BYTES = 16
 EDGE_BYTES = 256 * 1024  # where the names of an archive's members are looked for, at both ends
 LOADERS = "agentctx.memory.loaders"
@@ -39,7 +37,7 @@ class Format:
     reader: str  # "module:function"
     extensions: tuple[str, ...] = ()
     max_bytes: int = TEXT_BYTES
-    inline_bytes: int = TEXT_BYTES  # larger files are read in the worker process
+    isolated: bool = False  # read in the worker process: a hostile file can hang the reader or eat memory
     package: str = ""  # what an extra installs
     extra: str = ""
     member: bytes = b""  # a name or type inside the archive that tells this format from other archives
@@ -55,18 +53,18 @@ class Format:
 def _office(extension: str, kind: str, package: str, member: bytes) -> Format:
     reader = f"{LOADERS}.office:read_{extension}"
     media_type = f"{OOXML}.{kind}"
-    return Format(media_type, reader, (f".{extension}",), BINARY_BYTES, 0, package, "office", member)
+    return Format(media_type, reader, (f".{extension}",), BINARY_BYTES, True, package, "office", member)
 
 
 TEXT = Format("text/plain", f"{LOADERS}.text:read")
-PDF = Format("application/pdf", f"{LOADERS}.pdf:read", (".pdf",), BINARY_BYTES, 0)
+PDF = Format("application/pdf", f"{LOADERS}.pdf:read", (".pdf",), BINARY_BYTES, True)
 ARCHIVES = (
     Format(
         "application/epub+zip",
         f"{LOADERS}.epub:read",
         (".epub",),
         BINARY_BYTES,
-        0,
+        True,
         member=b"mimetypeapplication/epub+zip",
     ),
     _office("docx", "wordprocessingml.document", "docx", b"word/document.xml"),
@@ -77,7 +75,7 @@ FORMATS = (
     TEXT,
     PDF,
     *ARCHIVES,
-    Format("text/html", f"{LOADERS}.html:read", (".html", ".htm", ".xhtml"), inline_bytes=HTML_INLINE_BYTES),
+    Format("text/html", f"{LOADERS}.html:read", (".html", ".htm", ".xhtml"), isolated=True),
     Format("text/markdown", f"{LOADERS}.text:read_markdown", (".md", ".markdown")),
     Format("text/csv", f"{LOADERS}.records:read_csv", (".csv",)),
     Format("text/tab-separated-values", f"{LOADERS}.records:read_csv", (".tsv",)),

@@ -1,4 +1,4 @@
-"""The process that reads what can hang or eat memory: PDF, office files, EPUB, large HTML.
+"""The process that reads what can hang or eat memory: PDF, office files, EPUB, HTML.
 
 It takes one JSON line per job on stdin and answers with a JSON line per part and one at the end, so that the
 parts before a crash have arrived. `isolation.py` starts it and ends it. Nothing of a file is ever unpickled.

@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -45,7 +45,7 @@ def epub_of(*chapters: str) -> bytes:
     )
 
 
-def zip_of(members: dict[str, str | bytes]) -> bytes:
+def zip_of(members: Mapping[str, str | bytes]) -> bytes:
     """A ZIP archive; the first member is stored, the others are deflated."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -65,5 +65,5 @@ def make_epub() -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def make_zip() -> Callable[[dict[str, str | bytes]], bytes]:
+def make_zip() -> Callable[[Mapping[str, str | bytes]], bytes]:
     return zip_of

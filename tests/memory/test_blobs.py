@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     "how", [damage, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 3)]
 )
-def test_damage_is_noticed_in_texts_and_in_records(tmp_path: Path, how: object) -> None:
+def test_damage_is_noticed_in_texts_and_in_records(tmp_path: Path, how: Callable[[Path], None]) -> None:
     blobs = Blobs(tmp_path)
     document = Document.of("some text", "a.txt")
     blobs.put_document(document)

@@ -5,15 +5,16 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from agentctx.memory import documents
 from agentctx.memory.documents import Corpus, Selection, open_documents
 from agentctx.memory.errors import InputError
-from agentctx.memory.loaders import isolation, table
+from agentctx.memory.loaders import table
 from agentctx.memory.loaders.isolation import Worker
 from agentctx.memory.types import Notice
 
@@ -24,9 +25,11 @@ def reasons(notices: tuple[Notice, ...]) -> dict[str, str]:
     return {notice.source: notice.code for notice in notices}
 
 
-def failure(*paths: str | Path, **options: object) -> InputError:
+def failure(
+    *paths: str | Path, stdin: io.BytesIO | None = None, selection: Selection | None = None
+) -> InputError:
     with pytest.raises(InputError) as caught:
-        open_documents(paths, **options)
+        open_documents(paths, stdin=stdin, selection=selection or Selection())
     return caught.value
 
 
@@ -34,7 +37,7 @@ def test_every_damage_beside_a_good_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make_pdf: Callable[..., bytes],
-    make_zip: Callable[[dict[str, str | bytes]], bytes],
+    make_zip: Callable[[Mapping[str, str | bytes]], bytes],
 ) -> None:
     bomb = make_zip({"mimetype": "application/epub+zip", "zeros": bytes(20_000_000)})
     damaged: dict[str, tuple[str, bytes]] = {
@@ -80,10 +83,10 @@ def test_an_unreadable_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).write_text(name)
     real = builtins.open
 
-    def guarded(path: object, *arguments: object, **options: object) -> object:
-        if str(path).endswith("a.txt"):
+    def guarded(path: str, mode: str = "r") -> IO[Any]:
+        if path.endswith("a.txt"):
             raise PermissionError(13, "Permission denied")
-        return real(path, *arguments, **options)
+        return real(path, mode)
 
     monkeypatch.setattr(builtins, "open", guarded)
     corpus = open_documents([tmp_path])
@@ -241,7 +244,7 @@ def test_the_worker_never_imports_from_the_current_directory(
 def test_pages_before_a_crash_are_kept_and_flagged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_readers: str
 ) -> None:
-    row = table.Format("application/pdf", "bad_readers:die", (".pdf",), inline_bytes=0)
+    row = table.Format("application/pdf", "bad_readers:die", (".pdf",), isolated=True)
     monkeypatch.setitem(table.BY_EXTENSION, ".pdf", row)
     (tmp_path / "a.pdf").write_bytes(b"anything")
     corpus: Corpus = open_documents([tmp_path / "a.pdf"])
@@ -255,11 +258,12 @@ def test_one_worker_serves_many_files_and_is_gone_afterwards(
     started: list[subprocess.Popen[str]] = []
     real = subprocess.Popen
 
-    def counted(*arguments: object, **options: object) -> object:
-        started.append(real(*arguments, **options))
-        return started[-1]
+    class Counted(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
 
-    monkeypatch.setattr(isolation.subprocess, "Popen", counted)
+    monkeypatch.setattr(subprocess, "Popen", Counted)
     for i in range(3):
         (tmp_path / f"{i}.pdf").write_bytes(make_pdf(f"Page {i}"))
     assert len(open_documents([tmp_path]).documents) == 3
