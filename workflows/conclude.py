@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from agentctx.memory.citations import Verifier
 from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Answer, Chunk, Citation, Coverage, Span, Status
+from agentctx.workflows.grounding import supports
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.state import State
 
@@ -40,13 +41,13 @@ def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> 
     citations = _unique(
         [
             *_from_spans(run, verifier, state.get("spans", [])),
-            *_from_claims(verifier, draft or {}, state),
+            *_from_claims(verifier, draft or {}),
         ]
     )
     for citation in citations:
         run.trace.emit("verdict", source=citation.source, verdict=citation.verdict)
     supported = [c for c in citations if c.verdict == "supported"]
-    text, uncited = _text(run, draft, supported, state)
+    text, uncited = _text(run, draft, citations)
     failures = state.get("failures", {})
     for failure in failures.values():
         run.warn(f"failed_{failure['kind']}", failure["message"])
@@ -106,10 +107,10 @@ def _from_spans(run: RunContext, verifier: Verifier, spans: Sequence[Sequence[An
     return citations
 
 
-def _from_claims(verifier: Verifier, draft: dict[str, Any], state: State) -> list[Citation]:
+def _from_claims(verifier: Verifier, draft: dict[str, Any]) -> list[Citation]:
     """Citations of quotes that a model copied."""
     citations = []
-    for claim in [*draft.get("claims", []), *draft.get("facts", []), *draft.get("points", [])]:
+    for claim in [*draft.get("claims", []), *draft.get("points", [])]:
         for quote in claim["quotes"]:
             citations.append(verifier.verify(quote, claim=claim["text"]))
     return citations
@@ -127,20 +128,56 @@ def _unique(citations: Sequence[Citation]) -> list[Citation]:
     return kept
 
 
-def _text(
-    run: RunContext, draft: dict[str, Any] | None, supported: Sequence[Citation], state: State
-) -> tuple[str, int]:
+def _text(run: RunContext, draft: dict[str, Any] | None, citations: Sequence[Citation]) -> tuple[str, int]:
     """The text to show and how many of its statements no supported citation carries."""
+    supported = [citation for citation in citations if citation.verdict == "supported"]
     if draft is None or draft.get("no_information"):
-        return (supported[0].quote if supported else NO_ANSWER), 0
-    claims = [*draft.get("claims", []), *draft.get("points", [])]
-    claimed = {citation.claim for citation in supported}
-    text = draft.get("text") or "\n".join(f"- {claim['text']}" for claim in claims)
-    if not text:
-        return (supported[0].quote if supported else NO_ANSWER), 0
-    if claims:
-        return text, sum(claim["text"] not in claimed for claim in claims)
-    return text, 0 if supported else len(sentences(text))
+        return (_quoted(citations, supported[0]) if supported else NO_ANSWER), 0
+    if "claims" in draft or "points" in draft:
+        return _claimed(draft, citations, supported)
+    return _verbatim_first(run, str(draft["text"]), citations, supported)
+
+
+def _verbatim_first(
+    run: RunContext, text: str, citations: Sequence[Citation], supported: Sequence[Citation]
+) -> tuple[str, int]:
+    """The source's own words, then the model's, and those only if the shown words say as much."""
+    if not supported:
+        return text or NO_ANSWER, len(sentences(text))
+    shown = [_quoted(citations, citation) for citation in supported]
+    question = run.scope.task.question
+    if any(supports(text, citation.quote, question) for citation in supported):
+        return f"{shown[0]}\n\n{text}", 0
+    return shown[0], 0
+
+
+def _claimed(
+    draft: dict[str, Any], citations: Sequence[Citation], supported: Sequence[Citation]
+) -> tuple[str, int]:
+    """A model's text with the numbers of its supported citations; points become a list, part by part."""
+    uncited = 0
+    lines: list[str] = []
+    part = ""
+    for claim in [*draft.get("claims", []), *draft.get("points", [])]:
+        places = [c for c in supported if c.claim == claim["text"]]
+        uncited += not places
+        if claim.get("part", "") != part:
+            part = claim["part"]
+            lines.append(f"\n{part}" if lines else part)
+        lines.append(f"- {claim['text']}{_marks(citations, places)}")
+    if draft.get("text"):
+        return str(draft["text"]) + _marks(citations, supported), uncited or int(not lines)
+    return ("\n".join(lines) if lines else NO_ANSWER), uncited
+
+
+def _quoted(citations: Sequence[Citation], citation: Citation) -> str:
+    return " ".join(citation.quote.split()) + _marks(citations, [citation])
+
+
+def _marks(citations: Sequence[Citation], places: Sequence[Citation]) -> str:
+    """[1][3]: positions in the answer's list of citations."""
+    marks = "".join(f"[{citations.index(place) + 1}]" for place in places)
+    return f" {marks}" if marks else ""
 
 
 def _status(ended_early: bool, found: bool) -> Status:
