@@ -59,7 +59,7 @@ def as_model_error(error: Exception, *, place: str = "the endpoint", secret: str
         return ModelError(
             f"{place} cannot be reached: {said}", hint="is the server running, and the URL right?"
         )
-    if isinstance(error, openai.OpenAIError) or isinstance(error, _TRANSPORT.HTTPError):
+    if isinstance(error, openai.OpenAIError | _TRANSPORT.HTTPError):
         return ModelError(f"{place} broke off: {said}")
     if isinstance(error, _MALFORMED):
         return ModelError(f"{place} sent a malformed reply: {said}", code="malformed")
