@@ -1,4 +1,4 @@
-"""What every test gets: no network beyond this machine, a tiny model made on the spot, and the embedded one."""
+"""What tests get: no network beyond this machine, a tiny model made on the spot, and the embedded one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _only_loopback() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer Llama of random weights and a tokenizer of single bytes: talks nonsense, fast."""
+    """A folder with a two-layer Llama of random weights and a tokenizer of single bytes: fast nonsense."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,7 +66,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded() -> Paths:
-    """The folders of this user, the embedded model in them: a download of 93 MB the first time, none later."""
+    """The folders of this user with the embedded model in them: 93 MB are downloaded the first time."""
     from agentctx.models.catalog import ensure
     from agentctx.models.table import SMOLLM2
 

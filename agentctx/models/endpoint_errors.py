@@ -23,9 +23,8 @@ _OVERFLOW_WORDS = (
     "prompt is too long",
     "too many tokens",
 )
-_TRANSPORT: Any = import_module(
-    openai.Timeout.__module__.partition(".")[0]
-)  # httpx under openai 2, httpx2 under 3
+# httpx under openai 2, httpx2 under 3: the module of the class that its own client extends.
+_TRANSPORT: Any = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # how the clients meet odd JSON
 
 CLIENT_ERRORS: tuple[type[Exception], ...] = (

