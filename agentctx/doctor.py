@@ -198,7 +198,8 @@ def _endpoint() -> Check:
     settings = Settings.load({})
     if not settings.base_url:
         return Check("endpoint", True, "none is set")
-    key = settings.api_key.get_secret_value() if settings.api_key else "none"
+    settings.export_key()
+    key = os.environ.get("AGENTCTX_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
     try:
         with OpenAI(base_url=settings.base_url, api_key=key, timeout=10, max_retries=0) as client:
             names = [model.id for model in client.models.list()]

@@ -83,6 +83,11 @@ class Settings(BaseSettings):
         """Where the value of a setting came from."""
         return self._origins.get(name, "default")
 
+    def export_key(self) -> None:
+        """Put a key from a file where the endpoint's client looks for it, so that no argument carries it."""
+        if self.api_key:
+            os.environ[PREFIX + "API_KEY"] = self.api_key.get_secret_value()
+
     def budget(self) -> Budget:
         """The limits as a run takes them."""
         return Budget(

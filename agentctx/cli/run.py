@@ -40,6 +40,7 @@ def execute(job: Job, options: Options) -> None:
 
     _one_form(options)
     settings = Settings.load(options.flags(), options.config)
+    settings.export_key()
     if options.resume:
         resume(options.resume, job.command, options, offline=settings.offline)
     selection = selection_of(options)
@@ -143,7 +144,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         base_url=settings.base_url,
         window=settings.window,
         selection=selection,
-        stdin=sys.stdin.buffer if "-" in paths else None,
+        stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,
         offline=settings.offline,
         ephemeral=settings.ephemeral,
         progress=output.progress.stage,

@@ -47,7 +47,9 @@ def resume(options: OutputOptions, run_id: RunId) -> None:
     """Finish a run that was stopped; no finished model call is made again."""
     from agentctx.settings import Settings
 
-    finish(run_id, "runs resume", options, offline=Settings.load({"offline": options.offline}).offline)
+    settings = Settings.load({"offline": options.offline})
+    settings.export_key()
+    finish(run_id, "runs resume", options, offline=settings.offline)
 
 
 @app.command("rm")

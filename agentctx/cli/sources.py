@@ -34,7 +34,7 @@ def sources_of(paths: Sequence[str], options: Options, selection: Selection) -> 
     """The sources to open. The current directory is read only after it was counted and agreed to."""
     if paths:
         return list(paths)
-    if not sys.stdin.isatty():
+    if sys.stdin and not sys.stdin.isatty():
         return ["-"]
     _agree_to_directory(options, selection)
     return ["."]

@@ -1,8 +1,8 @@
 """Models behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, Ollama, `transformers serve`, hosted.
 
 One chat class over langchain-openai's. It raises our ModelError for everything that can go wrong on the way,
-so the floors above know one tree of errors; it never retries, because only the caller knows the budget; and it
-notices two failures that servers report as success: a cut prompt and a stream that ends before the reply does.
+so the floors above know one tree of errors. It never retries: only the caller knows the budget. It notices
+two failures that servers report as success: a cut prompt, and a stream that ends before the reply does.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ class EndpointChat(ChatOpenAI):
         least = least_tokens(messages)
         if 0 < reported < _TRUNCATED_BELOW * least and least >= _JUDGED_FROM:
             raise ModelError(
-                f"{self.place} read {reported} tokens of a prompt of at least {least}: it cut the prompt silently",
+                f"{self.place} cut the prompt in silence: it read {reported} of at least {least} tokens",
                 code="truncated_by_endpoint",
-                hint="raise the server's own window (Ollama: OLLAMA_CONTEXT_LENGTH), or state it with `window`",
+                hint="raise the server's own window (Ollama: OLLAMA_CONTEXT_LENGTH) or lower `window`",
             )
 
     @contextmanager

@@ -23,9 +23,8 @@ _OVERFLOW_WORDS = (
     "prompt is too long",
     "too many tokens",
 )
-_TRANSPORT: Any = import_module(
-    openai.Timeout.__module__.partition(".")[0]
-)  # httpx under openai 2, httpx2 under 3
+# httpx under openai 2, httpx2 under 3: the module of the class that its own client extends.
+_TRANSPORT: Any = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # how the clients meet odd JSON
 
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
@@ -59,7 +58,7 @@ def as_model_error(error: Exception, *, place: str = "the endpoint", secret: str
         return ModelError(
             f"{place} cannot be reached: {said}", hint="is the server running, and the URL right?"
         )
-    if isinstance(error, openai.OpenAIError) or isinstance(error, _TRANSPORT.HTTPError):
+    if isinstance(error, openai.OpenAIError | _TRANSPORT.HTTPError):
         return ModelError(f"{place} broke off: {said}")
     if isinstance(error, _MALFORMED):
         return ModelError(f"{place} sent a malformed reply: {said}", code="malformed")

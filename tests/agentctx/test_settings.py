@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,6 @@ from agentctx.settings import Settings
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder of its own, and no setting from the environment that runs the tests."""
-    import os
-
     for name in [name for name in os.environ if name.startswith("AGENTCTX_")]:
         monkeypatch.delenv(name)
     home = tmp_path / "home"
@@ -132,6 +131,10 @@ def test_a_key_is_never_shown_and_its_file_is_private(
     settings = Settings.load({}, cwd=project)
     assert settings.api_key is not None and settings.api_key.get_secret_value() == "sk-secret"
     assert "sk-secret" not in repr(settings) and "sk-secret" not in settings.model_dump_json()
+    user_file(home, 'api_key = "sk-user"\n')
+    monkeypatch.delenv("AGENTCTX_API_KEY")
+    Settings.load({}, cwd=project).export_key()
+    assert os.environ["AGENTCTX_API_KEY"] == "sk-user"
     user_file(home, 'api_key = "sk-other"\n', 0o644)
     with pytest.raises(ConfigError, match="can be read by other users"):
         Settings.load({}, cwd=project)
