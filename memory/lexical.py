@@ -11,8 +11,10 @@ is never negative, scored ahead of the query by bm25s (https://arxiv.org/abs/240
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import bm25s
@@ -79,16 +81,14 @@ class Lexical:
         self._analyze = analyze
         corpus = [list(analyze(text)) for text in texts]
         self._size = len(corpus)
+        self._holding = Counter(term for found in corpus for term in set(found))  # texts per term
         self._index = bm25s.BM25(method="lucene")
-        if any(corpus):
+        if self._holding:
             self._index.index(corpus, show_progress=False)
-            self._known = frozenset(self._index.vocab_dict)
-        else:
-            self._known = frozenset()
 
     def scores(self, query: str) -> list[float]:
         """One BM25 score per text, 0.0 where no term is shared. A repeated query term counts once."""
-        known = [term for term in dict.fromkeys(self._analyze(query)) if term in self._known]
+        known = [term for term in dict.fromkeys(self._analyze(query)) if term in self._holding]
         if not known:
             return [0.0] * self._size
         return [float(score) for score in self._index.get_scores(known)]
@@ -97,3 +97,11 @@ class Lexical:
         """Positions of the `k` best texts, best first; equal scores, zeros too, keep the texts' order."""
         scores = self.scores(query)
         return sorted(range(self._size), key=lambda position: -scores[position])[:k]
+
+    def ceiling(self, query: str) -> float:
+        """What no text's score for `query` can pass, 0.0 without terms: the idf of all its terms together.
+
+        A score divided by it is the share of the query that a text covers, comparable between queries.
+        """
+        counts = [self._holding[term] for term in dict.fromkeys(self._analyze(query))]
+        return sum(math.log1p((self._size - count + 0.5) / (count + 0.5)) for count in counts)

@@ -26,7 +26,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from agentctx.memory.errors import InputError, ModelError
 from agentctx.workflows.ports import Scores
 
-_AFTER = "\nQuestion:"  # between a text and the question
+# Between a text and the question. Of four wordings the best on the development questions of
+# benchmarks/finding.py: right first among all for 94 of 100, "Question:" alone 90, a line break 88.
+_AFTER = "\n\nThis text answers the question:"
 _BATCH_TOKENS = 4096  # padded tokens of text that one forward pass attends to; bounds its memory
 _LOGIT_ROWS = 256  # question tokens whose logits are in memory together
 

@@ -21,6 +21,7 @@ from transformers import (
 from agentctx.memory.errors import InputError, ModelError
 from agentctx.models.reader import TransformersReader
 
+AFTER = "\n\nThis text answers the question:"
 QUESTION = "who keeps the light?"
 TEXTS = [
     "The light is kept by Tobias Renn.",
@@ -62,7 +63,7 @@ def reader(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **option
 
 def reference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, text: str) -> float:
     """The definition: one text, one pass, no cache."""
-    before = tokenizer(f"{text}\nQuestion:").input_ids
+    before = tokenizer(f"{text}{AFTER}").input_ids
     asked = tokenizer(f" {question}").input_ids
     with torch.inference_mode():
         logits = model(torch.tensor([before + asked])).logits[0, len(before) - 1 : -1].float()
@@ -93,7 +94,7 @@ async def test_scores_do_not_depend_on_the_company(tokenizer) -> None:
 
 async def test_a_text_is_computed_once_and_counted_exactly(tokenizer) -> None:
     subject = reader(tiny(), tokenizer)
-    contexts = sum(len(tokenizer(f"{text}\nQuestion:").input_ids) - 1 for text in TEXTS)
+    contexts = sum(len(tokenizer(f"{text}{AFTER}").input_ids) - 1 for text in TEXTS)
     asked, other = (len(tokenizer(f" {q}").input_ids) for q in (QUESTION, "and where?"))
     first = await subject.likelihood(QUESTION, TEXTS + TEXTS)
     assert (first.computed_tokens, first.reused_tokens) == (contexts + asked * len(TEXTS), 0)
@@ -166,7 +167,7 @@ async def test_the_embedded_model_finds_the_passage() -> None:
     ]
     questions = [
         "how do arachnids breathe when submerged?",
-        "what can be lifted?",
+        "how much weight can the hoist lift?",
         "do people borrow more books?",
     ]
     for expected, question in enumerate(questions):
