@@ -1,7 +1,11 @@
 """The cost model: what a strategy will spend at most, computed before anything is spent.
 
     R = Σ_{j=1..D} ⌈L/f^j⌉, D the least d with f^d ≥ L      merges of a reduce tree over L reads
-    ceiling = C0 + X · (1 call, i_max, o_max), X = 2 + ⌈C0/10⌉     X extra attempts for the whole run
+    ceiling = C0 + X · (1 call, i_max, o_max)                  X extra attempts for the whole run
+    X = max(2 + ⌈C0/10⌉, min(C0, P) + 1)                       P calls in flight
+
+The second bound pays for what a killed process had in flight: those calls may have been charged, so they count
+as spent, and the resumed run makes them again.
 
 Integers only; a logarithm of floats gives a wrong depth at exact powers.
 """
@@ -46,9 +50,9 @@ def tree(leaves: int, fan_in: int) -> Tree:
     return Tree(tuple(levels))
 
 
-def retry_pool(calls: int) -> int:
+def retry_pool(calls: int, concurrency: int) -> int:
     """Extra attempts that a run of `calls` planned calls may make in all."""
-    return 2 + -(-calls // 10) if calls else 0
+    return max(2 + -(-calls // 10), min(calls, concurrency) + 1) if calls else 0
 
 
 def stage(
@@ -94,7 +98,7 @@ def make_plan(
 ) -> Plan:
     """Sum the stages and add the pool of extra attempts at the price of the largest call."""
     base = sum((part.cost for part in stages), Cost())
-    extra = retry_pool(base.calls)
+    extra = retry_pool(base.calls, max(part.parallel for part in stages))
     ceiling = base + Cost(1, largest_input + largest_output + REPAIR_TOKENS, largest_output) * extra
     return Plan(
         strategy=strategy,
