@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentctx.memory.sentences import sentences
-from agentctx.workflows.pick import pick, pick_cost
+from agentctx.workflows.pick import excerpt, pick, pick_cost
 from agentctx.workflows.ports import Scores
 
 QUESTION = "who designed the harrow bridge"
@@ -82,6 +82,19 @@ async def test_neighbours_become_one_pick() -> None:
     ) == ["It was the work of Anna Holt. The toll was abolished in 1946."]
     apart = ScriptedReader(lambda text: float("Lune" in text or "toll" in text))
     assert len(await quotes([BRIDGE], apart, limit=2)) == 2
+
+
+async def test_the_excerpt_names_each_heading_once_and_keeps_the_order() -> None:
+    passages = [TERN, BRIDGE]
+    wanted = ("Lune", "toll", "cliffs")
+    reader = ScriptedReader(lambda text: float(any(word in text for word in wanted)))
+    picked = await pick(QUESTION, passages, reader=reader, limit=3)
+    assert excerpt(passages, picked.picks) == (
+        "It nests on cliffs in Iceland.\n"
+        "Harrow Bridge\n"
+        "It crosses the river Lune at Kirby, in the north of the county, and carries the old coach road.\n"
+        "The toll was abolished in 1946."
+    )
 
 
 async def test_without_a_reader_shared_words_decide() -> None:
