@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 Verdict = Literal["supported", "misattributed", "stitched", "not_found"]
 Status = Literal["complete", "partial", "unanswerable"]
-FailureKind = Literal[
-    "timeout", "rate_limit", "overflow", "parse", "refusal", "backend", "budget", "cancelled"
-]
+FailureKind = Literal["timeout", "rate_limit", "overflow", "parse", "refusal", "backend", "budget", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 A model of 135M parameters cannot be trusted with JSON, passage numbers or yes and no. It is asked for a few
 words, and code does the rest: `clean_short_answer` takes the first sentence out of what it wrote, and
-`grounding.supported_part` decides how much of it may be shown. On sixty development questions nine wordings,
-with and without examples or a forced beginning, differed less than chance would (0.48 to 0.55 right); worked
+`grounding.supported_part` decides how much of it may be shown. On sixty development questions six wordings,
+with and without a forced beginning, did not differ beyond chance (0.48 to 0.55 right); worked
 examples cost tokens and gave 0.30 to 0.47. So this is the shortest that keeps the passage between delimiters.
 """
 
