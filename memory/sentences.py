@@ -16,32 +16,38 @@ from itertools import pairwise
 LONGEST = 600  # characters; more is cut at a clause, else at white space
 
 _TERMINAL = re.compile(
-    r"(?P<latin>[.!?…]+[\"'”’»)\]*_]*(?:\[\d{1,3}\])*)(?=\s)"
+    r"(?P<latin>(?<![.!?…])[.!?…]++[\"'”’»)\]*_]*(?:\[\d{1,3}\])*)(?=\s)"
     r"|[。！？｡]+[」』”’）】]*"
-    r"|[।॥۔؟]+(?=\s)"
+    r"|(?<![।॥۔؟])[।॥۔؟]++(?=\s)"
 )
 _LINE = re.compile(r"[^\n\r\v\f\x85\u2028\u2029]*(?:\r\n|[\n\r\v\f\x85\u2028\u2029]|\Z)")
 _ITEM = re.compile(r"(?:[-*+•‣◦·–—>]|#{1,6}|\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]{1,5})[.)])\s")
 _MARKER = re.compile(r"\W*(?:\d{1,3}|[a-zA-Z]|[ivxIVX]{1,5})\.")
+_TIMESTAMP = re.compile(r"\[?(?:\d{4}-\d\d-\d\d|\d\d:\d\d)")
 # Code, table rows and records: their line ends mean something.
 _RECORD = re.compile(r"[{}<>=|\\\t]|;$|\w\(|\S {3,}\S|,[^\s,]*,[^\s,]*,[^\s,]")
 _CLAUSE = re.compile(r"[;:]\s|[；：]")
 _COMMA = re.compile(r",\s|[，、]|\s[-–—]\s")
 _SPACE = re.compile(r"\s")
 
-_TITLES = frozenset(
+
+def _words(line: str) -> frozenset[str]:
+    return frozenset(line.split())
+
+
+_TITLES = _words(
     "mr mrs ms dr prof st rev hon gov sen rep gen col sgt capt lt cmdr maj messrs mme mlle fr sir vs cf viz "
-    "e.g i.e eg ie approx dept univ hr frau z.b d.h u.a bzw".split()
+    "e.g i.e eg ie approx dept univ hr frau z.b d.h u.a bzw"
 )
-_BEFORE_NUMBERS = frozenset(
+_BEFORE_NUMBERS = _words(
     "no nos nr p pp fig figs vol vols sec secs ch chap eq eqs art arts par para ps tab ver v c ca "
-    "jan feb mar apr jun jul aug sep sept oct nov dec".split()
+    "jan feb mar apr jun jul aug sep sept oct nov dec"
 )
-_MAY_END = frozenset("etc inc ltd co corp jr sr bros al est ave blvd rd".split())
-_STARTERS = frozenset(
+_MAY_END = _words("etc inc ltd co corp jr sr bros al est ave blvd rd")
+_STARTERS = _words(
     "the a an he she it we they i you this that these those there his her its our their my your in on at by "
     "for from with to of as if when while after before but and or so yet however although because since what "
-    "who why how where not no".split()
+    "who why how where not no"
 )
 
 
@@ -85,11 +91,16 @@ def _unwrapped(text: str, lines: list[tuple[int, int]]) -> Iterator[tuple[int, i
 
 def _goes_on(line: str, following: str, width: int) -> bool:
     """True if the end of `line` is there only because the line was full."""
-    if not 40 <= len(line) <= 160 or line.startswith("#") or _ITEM.match(following):
+    if (
+        not 40 <= len(line) <= 160
+        or line.startswith("#")
+        or _ITEM.match(following)
+        or _TIMESTAMP.match(following)
+    ):
         return False
     if not following[0].islower() and len(line) + 1 + len(following.split(None, 1)[0]) <= width:
         return False
-    return not (_RECORD.search(line) or _RECORD.search(following))
+    return not (_RECORD.search(line) or _RECORD.search(following, 0, 160))
 
 
 def _in_block(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -110,7 +121,7 @@ def _ends(text: str, start: int, match: re.Match[str]) -> bool:
         return True
     word = re.split(r"[\s(\[\"'“‘—–/]", text[max(start, match.start() - 24) : match.start()])[-1]
     known = word.casefold()
-    if known in _TITLES or _MARKER.fullmatch(text, start, match.end()):
+    if known in _TITLES or (match.end() - start < 12 and _MARKER.fullmatch(text, start, match.end())):
         return False
     if known in _BEFORE_NUMBERS:
         return not following[:1].isdigit()

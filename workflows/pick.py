@@ -128,20 +128,21 @@ def _candidates(passages: Sequence[str]) -> list[_Candidate]:
             following = spans[ordinal + 1] if ordinal + 1 < len(spans) else None
             if following and _heads(passage, (start, end), following):
                 heading = (start, end)
-            else:
+            elif any(map(str.isalnum, text)):  # not a rule or a lone bracket
                 read = f"{passage[slice(*heading)]}: {text}" if heading else text
                 found.append(_Candidate(number, start, end, ordinal, text, read, heading))
     return found
 
 
 def _heads(passage: str, line: tuple[int, int], following: tuple[int, int]) -> bool:
-    """True if a line is a heading of what follows: short, unpunctuated, above a longer line of text."""
+    """True if a line is a heading of what follows: short, unpunctuated, on its own, above a longer text."""
     start, end = line
+    before, after = passage[:start].rstrip(" \t"), passage[end : following[0]]
     return (
-        end - start <= _HEADING
-        and passage[end - 1] not in ".!?:;,。！？"
-        and "\n" in passage[end : following[0]]
-        and following[1] - following[0] > max(_HEADING, end - start)
+        end - start <= _HEADING < following[1] - following[0]
+        and (passage[end - 1].isalnum() or passage[end - 1] in ")]#*")
+        and (not before or before.endswith("\n\n"))
+        and "\n" in after
     )
 
 
