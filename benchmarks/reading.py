@@ -8,8 +8,8 @@ choose the methods. A *hit* is a gold answer inside the text in question (SQuAD'
 - `spans`: is the answer in the sentences that a method shows? Methods: the longest sentences, BM25, query
   likelihood of the bare sentence and of the sentence under its heading, each alone and with the short
   answer's words (`agentctx.workflows.pick`); the whole passage is the upper bound.
-- `answers`: the short answer with and without the passage, and how often it is right when the code says
-  that the shown span supports it, and when not.
+- `answers`: the short answer from the picked sentences, from the whole passage and from none, and how often
+  what is shown of it is right: the part that the code finds in the shown span.
 - `lengths`: all of N tokens read in one call, against reading only the best of the same passages. The
   passages beside the right one are those BM25 takes for it, so they are hard.
 
@@ -42,8 +42,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from agentctx.memory.lexical import Lexical
 from agentctx.memory.sentences import sentences
 from agentctx.models.reader import TransformersReader
-from agentctx.workflows.grounding import supports
-from agentctx.workflows.pick import pick, pick_cost
+from agentctx.workflows.grounding import supported_part
+from agentctx.workflows.pick import excerpt, pick, pick_cost
 from agentctx.workflows.short_answer import MAX_TOKENS, clean_short_answer, short_answer_messages
 
 LENGTHS = (300, 600, 1000, 1600)  # tokens of passages in one call
@@ -55,7 +55,7 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """One question, what counts as right, and all passages in BM25's order with the right one's text."""
+    """One question, what counts as right, the passage that answers, and what a search finds."""
 
     question: str
     gold: tuple[str, ...]
@@ -141,7 +141,7 @@ async def bare(item: Item, reader: TransformersReader | None, limit: int) -> str
 
 
 async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequence[str]) -> Table:
-    """Hits of each method with one and with two sentences of the right passage; then of found passages."""
+    """Hits of each method with one and with two sentences of the right passage."""
     texts: dict[str, list[str]] = {"passage": [item.passage for item in items]}
     for limit in (1, 2):
         texts[f"longest/{limit}"] = [await bare(item, None, limit) for item in items]
@@ -152,52 +152,65 @@ async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequ
                     await shown(item, [item.passage], scorer, reply, limit)
                     for item, reply in zip(items, replies, strict=True)
                 ]
-    return {name: scored(items, column) for name, column in texts.items()}
-
-
-async def found_spans(items: Sequence[Item], reader: TransformersReader, writer: Writer) -> Table:
-    """The same for what BM25 finds among all passages: its first, and its first three."""
-    answers = writer.answers([(item.question, item.found[0]) for item in items])
-    texts: dict[str, list[str]] = {
-        f"first_{many}": ["\n".join(item.found[:many]) for item in items] for many in (1, 3)
-    }
-    for many in (1, 3):
-        for limit in (1, 2):
-            texts[f"first_{many}/picked/{limit}"] = [
-                await shown(item, item.found[:many], reader, reply, limit)
-                for item, reply in zip(items, answers, strict=True)
-            ]
-    tokens = [pick_cost(item.question, item.found[:1], reader=reader) for item in items]
+    tokens = [pick_cost(item.question, [item.passage], reader=reader) for item in items]
     return {name: scored(items, column) for name, column in texts.items()} | {
-        "reader_tokens_per_passage": {"mean": float(np.mean(tokens)), "most": max(tokens)}
+        "reader_tokens": {"mean": float(np.mean(tokens)), "most": max(tokens)}
     }
 
 
-async def answers_table(
-    items: Sequence[Item], reader: TransformersReader, writer: Writer, answers: Sequence[str]
+async def picked_text(item: Item, passages: Sequence[str], reader: TransformersReader) -> str:
+    """What the model reads to answer: the two likeliest sentences under their headings."""
+    picked = await pick(item.question, passages, reader=reader, limit=2)
+    return excerpt(passages, picked.picks)
+
+
+async def answered(
+    items: Sequence[Item], passages: Sequence[Sequence[str]], read: Sequence[str], *tools: Any
 ) -> Table:
-    """How often the short answer is right: in all, closed book, and by the verdict on its support."""
-    right = [hit(answer, item.gold) for item, answer in zip(items, answers, strict=True)]
+    """Short answers from what was read; spans picked again with them; right answers by support."""
+    reader, writer = tools
+    replies = writer.answers([(item.question, text) for item, text in zip(items, read, strict=True)])
+    right = [hit(reply, item.gold) for item, reply in zip(items, replies, strict=True)]
+    table: Table = {
+        "right": interval(right),
+        "words": float(np.mean([len(reply.split()) for reply in replies])),
+        "read": scored(items, read),
+    }
+    for limit in (1, 2):
+        texts = [
+            await shown(item, given, reader, reply, limit)
+            for item, given, reply in zip(items, passages, replies, strict=True)
+        ]
+        parts = [
+            supported_part(reply, text, item.question)
+            for item, reply, text in zip(items, replies, texts, strict=True)
+        ]
+        table[f"shown_{limit}"] = {
+            "span": scored(items, texts),
+            "supported": interval([bool(part) for part in parts]),
+            "right_if_supported": interval(
+                [hit(part, item.gold) for item, part in zip(items, parts, strict=True) if part]
+            ),
+            "right_if_not": interval([r for r, part in zip(right, parts, strict=True) if not part]),
+        }
+    return table
+
+
+async def answers_table(items: Sequence[Item], reader: TransformersReader, writer: Writer) -> Table:
+    """The short answer from picked sentences and from whole passages, of the right one and of found ones."""
+    gold = [[item.passage] for item in items]
+    first = [item.found[:1] for item in items]
+    three = [item.found[:3] for item in items]
     closed = writer.answers([(item.question, "") for item in items])
     table: Table = {
-        "from_passage": interval(right),
-        "closed_book": interval([hit(a, item.gold) for item, a in zip(items, closed, strict=True)]),
-        "words": float(np.mean([len(answer.split()) for answer in answers])),
+        "closed_book": interval([hit(a, item.gold) for item, a in zip(items, closed, strict=True)])
     }
-    for limit in (1, 2, None):
-        spans_shown = [
-            item.passage if limit is None else await shown(item, [item.passage], reader, reply, limit)
-            for item, reply in zip(items, answers, strict=True)
-        ]
-        verdicts = [
-            supports(reply, span, item.question)
-            for item, reply, span in zip(items, answers, spans_shown, strict=True)
-        ]
-        table[f"by_span_of_{limit or 'passage'}"] = {
-            "supported": interval(verdicts),
-            "right_if_supported": interval([r for r, v in zip(right, verdicts, strict=True) if v]),
-            "right_if_not": interval([r for r, v in zip(right, verdicts, strict=True) if not v]),
-        }
+    for name, passages in (("right_passage", gold), ("first_found", first), ("three_found", three)):
+        read = [await picked_text(item, given, reader) for item, given in zip(items, passages, strict=True)]
+        table[f"{name}/picked"] = await answered(items, passages, read, reader, writer)
+        print(name, json.dumps(table[f"{name}/picked"], indent=1), flush=True)
+    table["right_passage/whole"] = await answered(items, gold, [texts[0] for texts in gold], reader, writer)
+    print(json.dumps(table["right_passage/whole"], indent=1), flush=True)
     return table
 
 
@@ -260,26 +273,40 @@ def interval(values: Sequence[float]) -> Table:
     return {"mean": float(sample.mean()), "low": float(low), "high": float(high), "n": len(sample)}
 
 
-async def measure(args: argparse.Namespace) -> Table:
+async def measure(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     reader = TransformersReader(model, tokenizer, lock=threading.Lock())
     writer = Writer(model, tokenizer)
     items = load(args.data, args.questions, args.split)
     begun = time.perf_counter()
-    answers = writer.answers([(item.question, item.passage) for item in items])
-    result: Table = {"spans": await spans(items, reader, answers)}
-    print(json.dumps(result, indent=1), flush=True)
-    result["answers"] = await answers_table(items, reader, writer, answers)
-    print(json.dumps(result["answers"], indent=1), flush=True)
-    result["found_spans"] = await found_spans(items, reader, writer)
-    print(json.dumps(result["found_spans"], indent=1), flush=True)
+    read = [await picked_text(item, [item.passage], reader) for item in items]
+    answers = writer.answers([(item.question, text) for item, text in zip(items, read, strict=True)])
+    result: Table = {"about": about(args), "spans": await spans(items, reader, answers)}
+    save(result, args.out)
     if args.length_questions:
         result["lengths"] = await lengths(items[: args.length_questions], reader, writer, tokenizer)
-    if args.replies:
-        rows = zip(items, answers, strict=True)
-        args.replies.write_text("\n".join(json.dumps([i.question, i.gold, a]) for i, a in rows))
-    return result | {"seconds": time.perf_counter() - begun}
+        save(result, args.out)
+    result["answers"] = await answers_table(items, reader, writer)
+    result["seconds"] = time.perf_counter() - begun
+    save(result, args.out)
+
+
+def about(args: argparse.Namespace) -> Table:
+    return {
+        "model": args.model.name,
+        "split": args.split,
+        "questions": args.questions,
+        "length_questions": args.length_questions,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def save(result: Table, path: Path) -> None:
+    """Write what is there; a stopped run leaves its finished parts."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result[next(reversed(result))]), flush=True)
 
 
 def main() -> None:
@@ -288,19 +315,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a transformers folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=60)
-    parser.add_argument("--length-questions", type=int, default=30, help="0 leaves the lengths out")
+    parser.add_argument("--length-questions", type=int, default=24, help="0 leaves the lengths out")
     parser.add_argument("--split", choices=("test", "development"), default="test")
-    parser.add_argument("--replies", type=Path, help="write the short answers here")
     args = parser.parse_args()
-    result = asyncio.run(measure(args))
-    result["about"] = {
-        "model": args.model.name,
-        "split": args.split,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["about"]))
+    asyncio.run(measure(args))
 
 
 if __name__ == "__main__":

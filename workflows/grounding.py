@@ -20,9 +20,11 @@ _FUNCTION_WORDS = frozenset(
         "a an the this that these those there here it its he him his she her hers they them their we us our "
         "you your i me my who whom whose which what when where why how of in on at by to from for with about "
         "into onto as than then and or but so if be is are was were been being am do does did have has had "
-        "can could will would shall should may might must also such s t answer question text passage"
+        "can could will would shall should may might must also such s t "
+        "call called name named know known locate located answer question text passage"
     )
 )
+_CLAUSE_END = re.compile(r"\s*(?:[,;:](?=\s)|[，；：、](?=.)|\s[-–—](?=\s)|[—(（])")
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
@@ -50,6 +52,19 @@ def supported_share(answer: str, span: str, question: str) -> float:
 def supports(answer: str, span: str, question: str) -> bool:
     """True if the answer claims something and every word and number of the claim stands in the span."""
     return supported_share(answer, span, question) == 1.0
+
+
+def supported_part(answer: str, span: str, question: str) -> str:
+    """The longest beginning of the answer, cut where a clause ends, that the span supports; "" if none.
+
+    A small model states the fact and goes on inventing ("Montreal, Canada, in front of a crowd of"): what
+    comes after the first unsupported clause is left out, an end cut off by the token limit with it.
+    """
+    ends = [match.start() for match in _CLAUSE_END.finditer(answer)]
+    for end in (len(answer), *reversed(ends)):
+        if supports(answer[:end], span, question):
+            return answer[:end]
+    return ""
 
 
 def _numbers(text: str) -> frozenset[str]:

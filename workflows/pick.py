@@ -34,6 +34,7 @@ class Pick:
     start: int
     end: int
     score: float
+    heading: tuple[int, int] | None = None  # where the line stands that heads it, in the same passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class _Candidate:
     ordinal: int  # among the passage's sentences
     text: str  # the sentence
     read: str  # the sentence as the Reader sees it, under its heading
+    heading: tuple[int, int] | None
 
 
 async def pick(
@@ -88,6 +90,19 @@ async def pick(
     return Picked(tuple(picks), computed, reused)
 
 
+def excerpt(passages: Sequence[str], picks: Sequence[Pick]) -> str:
+    """The picks as one text for a model to read: in the order of the passages, each heading once."""
+    lines: list[str] = []
+    headed: tuple[int, tuple[int, int] | None] | None = None
+    for found in sorted(picks, key=lambda found: (found.passage, found.start)):
+        passage = passages[found.passage]
+        if found.heading and headed != (found.passage, found.heading):
+            lines.append(passage[slice(*found.heading)])
+        headed = (found.passage, found.heading)
+        lines.append(passage[found.start : found.end])
+    return "\n".join(lines)
+
+
 def pick_cost(question: str, passages: Sequence[str], *, reader: Reader | None) -> int:
     """The most Reader tokens `pick` can compute for these passages; additive over passages."""
     if reader is None:
@@ -107,26 +122,27 @@ def _candidates(passages: Sequence[str]) -> list[_Candidate]:
     found: list[_Candidate] = []
     for number, passage in enumerate(passages):
         spans = sentences(passage)
-        context = ""
+        heading: tuple[int, int] | None = None
         for ordinal, (start, end) in enumerate(spans):
             text = passage[start:end]
             following = spans[ordinal + 1] if ordinal + 1 < len(spans) else None
             if following and _heads(passage, (start, end), following):
-                context = text
-            else:
-                read = f"{context}: {text}" if context else text
-                found.append(_Candidate(number, start, end, ordinal, text, read))
+                heading = (start, end)
+            elif any(map(str.isalnum, text)):  # not a rule or a lone bracket
+                read = f"{passage[slice(*heading)]}: {text}" if heading else text
+                found.append(_Candidate(number, start, end, ordinal, text, read, heading))
     return found
 
 
 def _heads(passage: str, line: tuple[int, int], following: tuple[int, int]) -> bool:
-    """True if a line is a heading of what follows: short, unpunctuated, above a longer line of text."""
+    """True if a line is a heading of what follows: short, unpunctuated, on its own, above a longer text."""
     start, end = line
+    before, after = passage[:start].rstrip(" \t"), passage[end : following[0]]
     return (
-        end - start <= _HEADING
-        and passage[end - 1] not in ".!?:;,。！？"
-        and "\n" in passage[end : following[0]]
-        and following[1] - following[0] > max(_HEADING, end - start)
+        end - start <= _HEADING < following[1] - following[0]
+        and (passage[end - 1].isalnum() or passage[end - 1] in ")]#*")
+        and (not before or before.endswith("\n\n"))
+        and "\n" in after
     )
 
 
@@ -152,9 +168,9 @@ def _joined(chosen: Sequence[tuple[_Candidate, float]]) -> list[Pick]:
     """Make one pick of sentences that follow each other in a passage."""
     picks: list[tuple[int, Pick]] = []  # with the ordinal of the pick's last sentence
     for candidate, score in sorted(chosen, key=lambda item: (item[0].passage, item[0].ordinal)):
-        new = Pick(candidate.passage, candidate.start, candidate.end, score)
+        new = Pick(candidate.passage, candidate.start, candidate.end, score, candidate.heading)
         if picks and picks[-1][1].passage == new.passage and picks[-1][0] + 1 == candidate.ordinal:
             last = picks.pop()[1]
-            new = Pick(new.passage, last.start, new.end, max(last.score, score))
+            new = Pick(new.passage, last.start, new.end, max(last.score, score), last.heading)
         picks.append((candidate.ordinal, new))
     return sorted((found for _, found in picks), key=lambda found: -found.score)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentctx.workflows.grounding import claim, content_words, supported_share, supports
+from agentctx.workflows.grounding import claim, content_words, supported_part, supported_share, supports
 
 SPAN = "The Harrow Bridge was designed by Anna Holt and opened on 3 May 1911, at a cost of 4,500 crowns."
 ASKED = "who designed the harrow bridge"
@@ -69,6 +69,33 @@ def test_scripts_without_spaces() -> None:
 def test_share_is_the_part_of_the_claim_that_is_there() -> None:
     assert supported_share("Anna Holt Leeds Kirby", SPAN, ASKED) == 0.5
     assert supported_share("", SPAN, ASKED) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        ("Anna Holt", "Anna Holt"),
+        ("Anna Holt, in front of a crowd of", "Anna Holt"),
+        ("Anna Holt, on 3 May 1911, with a band", "Anna Holt, on 3 May 1911"),
+        ("Anna Holt (born in Leeds)", "Anna Holt"),
+        ("It cost 4,500 crowns, not 5,000", "It cost 4,500 crowns"),
+        ("Anna Hall, on 3 May 1911", ""),
+        ("The Harrow Bridge, Leeds", ""),
+        ("", ""),
+    ],
+)
+def test_the_supported_beginning_ends_at_a_clause(answer: str, part: str) -> None:
+    assert supported_part(answer, SPAN, ASKED) == part
+
+
+@given(
+    answer=st.text(alphabet="ab ,;.1"), span=st.text(alphabet="ab ,;.1"), question=st.text(alphabet="a b1")
+)
+def test_the_part_shown_is_a_supported_beginning(answer: str, span: str, question: str) -> None:
+    part = supported_part(answer, span, question)
+    assert answer.startswith(part)
+    assert not part or supports(part, span, question)
+    assert part == answer if supports(answer, span, question) else part != answer or not answer
 
 
 @given(span=st.text(), start=st.integers(0, 50), length=st.integers(1, 50), question=st.text())
