@@ -1,8 +1,13 @@
-"""Make the plain form of an async function: same code, same signature, a loop of its own."""
+"""Make the plain form of an async function: same code, same signature, run in a loop kept for that.
+
+One loop in one thread serves all plain calls of a process. A loop per call would leave the open connections
+of an endpoint behind in a closed loop, and none could be made inside a notebook's running loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -13,26 +18,11 @@ T = TypeVar("T")
 
 
 def blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """The function, run to its end. Inside a running loop (a notebook) it runs in a thread beside it."""
+    """The function, run to its end. An interrupt cancels what it runs."""
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _in_a_loop():
-            return asyncio.run(function(*args, **kwargs))
-        box: list[T | BaseException] = []
-
-        def work() -> None:
-            try:
-                box.append(asyncio.run(function(*args, **kwargs)))
-            except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
-                box.append(error)
-
-        thread = threading.Thread(target=work, name="agentctx")
-        thread.start()
-        thread.join()
-        if isinstance(box[0], BaseException):
-            raise box[0]
-        return box[0]
+        return _wait(function(*args, **kwargs))
 
     return plain
 
@@ -43,27 +33,42 @@ def blocking_iterator(function: Callable[P, AsyncGenerator[T, None]]) -> Callabl
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         items = function(*args, **kwargs)
-        with asyncio.Runner() as runner:
-            try:
-                while True:
-                    try:
-                        item = runner.run(_next(items))
-                    except StopAsyncIteration:
-                        return
-                    yield item
-            finally:
-                runner.run(items.aclose())
+        try:
+            while (item := _wait(_next(items))) is not _END:
+                yield item  # type: ignore[misc]
+        finally:
+            _wait(items.aclose())
 
     return plain
 
 
-def _in_a_loop() -> bool:
+_END = object()
+
+
+async def _next(items: AsyncGenerator[T, None]) -> T | object:
+    return await anext(items, _END)
+
+
+def _wait(work: Coroutine[Any, Any, T]) -> T:
+    future = asyncio.run_coroutine_threadsafe(work, _loop())
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
-async def _next(items: AsyncGenerator[T, None]) -> T:
-    return await anext(items)
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The loop, started on first use and ended with the process."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="agentctx", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    atexit.register(end)
+    return loop
