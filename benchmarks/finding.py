@@ -209,7 +209,8 @@ def load(folder: str) -> TransformersReader:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.eval()  # type: ignore[no-untyped-call]  # as transformers left it
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return TransformersReader(model, tokenizer, lock=threading.Lock(), kv_bytes=3 << 30)
 

@@ -49,6 +49,7 @@ def root(
 
 def main() -> None:
     """The entry point of the command `agentctx`."""
+    os.umask(0o077)  # what is kept holds document text: for this user only
     sys.excepthook = _report_bug
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.TERMINATED))
     sys.exit(run(sys.argv[1:]))
@@ -103,7 +104,6 @@ def _report_bug(kind: type[BaseException], error: BaseException, trace: Tracebac
     from agentctx.paths import Paths
 
     path = Paths.default().logs / "errors.log"
-    os.umask(0o077)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = RotatingFileHandler(path, maxBytes=5_000_000, backupCount=4, encoding="utf-8")

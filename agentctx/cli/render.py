@@ -66,7 +66,7 @@ def _citation(number: int, citation: Citation) -> list[Line]:
         where += f", page {citation.page}"
     supported = citation.verdict == "supported"
     verdict = "" if supported else f"  NOT SUPPORTED: {citation.verdict.replace('_', ' ')}"
-    quote = [Line(f"    {text}", "italic") for text in printable(citation.quote).splitlines()]
+    quote = [Line(f"    {text}".rstrip(), "italic") for text in printable(citation.quote).splitlines()]
     return [Line(f"[{number}] {where}{verdict}", "cyan" if supported else "bold red"), *quote]
 
 

@@ -12,9 +12,15 @@ from agentctx.models.template import ChatTemplate
 _MESSAGE = 8  # tokens of a template around one message, generously
 _PROMPT = 24  # and around the whole: a default system prompt, the opening of the answer
 
-# One match is one token of the estimate: five letters, a digit, a few blanks, a mark, or any other character.
-_TOKEN = re.compile(r"[a-zA-Z]{1,5}|\d|\n+|[^\S\n]{2,8}|(?!\s)[\x21-\x7e]|[^\x00-\x7f]")
-_ASTRAL = re.compile(r"[\U00010000-\U0010ffff]")  # emoji and rare scripts: up to three tokens
+# One match is one token of the estimate: the first letters of a word, then pairs (long words are rare ones),
+# a digit, a few blanks, a mark up to four times, any other character. Checked on ten kinds of text against a
+# small vocabulary; a large one needs fewer.
+_TOKEN = re.compile(
+    r"(?<![a-zA-Z])(?:[A-Z]?[a-z]{1,5}|[A-Z]{1,4})|[A-Z]?[a-z]{1,2}|[A-Z]"
+    r"|\d|\n+|[^\S\n]{2,4}|([\x21-\x2f:-@\[-`{-~])\1{0,3}|[^\x00-\x7f]"
+)
+_WIDE = re.compile(r"[\u2e80-\uffff]")  # East Asian: up to two tokens
+_ASTRAL = re.compile(r"[\U00010000-\U0010ffff]")  # emoji and rare scripts: up to three
 
 
 class TemplateCounter:
@@ -41,7 +47,9 @@ class EstimateCounter:
 
     def count_text(self, text: str) -> int:
         """Tokens of the bare text, estimated."""
-        return len(_TOKEN.findall(text)) + 2 * len(_ASTRAL.findall(text))
+        return sum(
+            weight * len(kind.findall(text)) for kind, weight in ((_TOKEN, 1), (_WIDE, 1), (_ASTRAL, 2))
+        )
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of the finished prompt, estimated."""

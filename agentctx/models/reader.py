@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from agentctx.memory.errors import InputError, ModelError
 from agentctx.workflows.ports import Scores
@@ -156,13 +157,9 @@ class TransformersReader:
             padded[row, :length] = torch.tensor(ids[:-1])
         cache = DynamicCache()
         self._model.base_model(input_ids=padded.to(self._model.device), past_key_values=cache, use_cache=True)
+        pairs = [_pair(layer) for layer in cache.layers]
         return {
-            text: _Kept(
-                tuple(
-                    (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
-                    for layer in cache.layers
-                )
-            )
+            text: _Kept(tuple((k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in pairs))
             for row, (text, length) in enumerate(zip(contexts, lengths, strict=True))
         }
 
@@ -190,10 +187,14 @@ class TransformersReader:
             position_ids=lengths[:, None] + torch.arange(width, device=device),
         ).last_hidden_state
         states, targets = hidden.flatten(0, 1), last[:, 1:].flatten().to(device)
-        head = self._model.get_output_embeddings()
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]  # as transformers left it
         losses = [  # in parts, as logits in float32 over the vocabulary are large
-            F.cross_entropy(head(states[part]).float(), targets[part], reduction="none")
-            for part in torch.arange(rows * width, device=device).split(_LOGIT_ROWS)
+            F.cross_entropy(
+                head(states[start : start + _LOGIT_ROWS]).float(),
+                targets[start : start + _LOGIT_ROWS],
+                reduction="none",
+            )
+            for start in range(0, rows * width, _LOGIT_ROWS)
         ]
         return [-float(mean) for mean in torch.cat(losses).view(rows, width).mean(dim=1)]
 
@@ -206,6 +207,16 @@ class TransformersReader:
         while self._kept_bytes > self._kv_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
+
+
+def _pair(layer: object) -> tuple[Tensor, Tensor]:
+    """The keys and values that one layer of a cache holds, batch first."""
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        raise ModelError(
+            f"a layer of this model keeps {type(layer).__name__}, not keys and values for each token",
+            hint="choose a model with attention in all layers, or rank without a reader",
+        )
+    return layer.keys, layer.values
 
 
 def _batches(contexts: dict[str, list[int]], asked: int) -> Iterator[list[str]]:

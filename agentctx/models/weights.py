@@ -51,7 +51,8 @@ class Weights:
 
         `verify` is the list of files that must hash as written.
         """
-        _check_files(folder)
+        if verify is None:
+            _check_files(folder)
         with _collector_resting(), ThreadPoolExecutor(1) as beside:
             identity = beside.submit(_identity, folder, verify)
             go_offline()

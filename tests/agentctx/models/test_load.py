@@ -1,0 +1,210 @@
+"""Opening models by name: folders, damage, unknown names; the embedded model as it is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from langchain_core.messages import HumanMessage
+
+from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.models.load import Model, open_model
+from agentctx.models.weights import Weights
+from agentctx.paths import Paths
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    root = tmp_path / "home"
+    return Paths(root / "cache", root / "data", root / "state", root / "config")
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def test_a_folder(tiny_model: Path, paths: Paths) -> None:
+    model = open_model(str(tiny_model), paths=paths, offline=True)
+    assert (model.profile.kind, model.profile.context, model.profile.reliable) == ("local", 1024, None)
+    sent = model.counter.count_messages([HumanMessage("hello")])
+    reply = model.chat.invoke("hello", max_tokens=4)
+    assert reply.usage_metadata is not None
+    assert reply.usage_metadata["input_tokens"] == sent
+    assert model.counter.count_text("hello") == 5
+    assert model.counter.exact
+    assert not paths.cache.exists()
+
+
+def test_a_smaller_window_is_kept(tiny_model: Path, paths: Paths) -> None:
+    model = open_model(str(tiny_model), paths=paths, window=300)
+    assert model.profile.context == 300
+    with pytest.raises(ModelError, match="300"):
+        model.chat.invoke("x" * 400)
+
+
+def test_a_window_above_the_model_s(tiny_model: Path, paths: Paths) -> None:
+    with pytest.raises(ConfigError, match="1024"):
+        open_model(str(tiny_model), paths=paths, window=5000)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "/no/such/folder", "a/b/c"])
+def test_unknown_names(paths: Paths, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_model(name, paths=paths)
+    assert name in caught.value.message
+    assert "smollm2" in caught.value.hint
+
+
+def test_a_hub_id_offline(paths: Paths) -> None:
+    with pytest.raises(ModelError) as caught:
+        open_model("nobody/no-model", paths=paths, offline=True)
+    assert caught.value.code == "not_fetched"
+
+
+def test_a_local_model_with_a_url(paths: Paths) -> None:
+    with pytest.raises(ConfigError, match="base URL"):
+        open_model("smollm2", base_url="http://127.0.0.1:9/v1", paths=paths)
+
+
+def test_the_default_offline(paths: Paths) -> None:
+    with pytest.raises(ModelError) as caught:
+        open_model("smollm2", paths=paths, offline=True)
+    assert caught.value.code == "not_fetched"
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, paths: Paths) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        open_model(str(tmp_path / "notes.txt"), paths=paths)
+
+
+def test_no_config(folder: Path, paths: Paths) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_model(str(folder), paths=paths)
+
+
+def test_pickled_weights_are_refused(folder: Path, paths: Paths) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError) as caught:
+        open_model(str(folder), paths=paths)
+    assert "pickle" in caught.value.hint
+
+
+def test_truncated_weights(folder: Path, paths: Paths) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_model(str(folder), paths=paths)
+
+
+def test_missing_tensors_are_not_replaced_by_noise(folder: Path, paths: Paths) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors are missing.*q_proj"):
+        open_model(str(folder), paths=paths)
+
+
+def test_a_missing_shard(folder: Path, paths: Paths) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"1 of 2 shards.*model-2"):
+        open_model(str(folder), paths=paths)
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-architecture"}'])
+def test_a_config_that_transformers_does_not_know(folder: Path, paths: Paths, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_model(str(folder), paths=paths)
+
+
+def test_code_beside_the_weights_is_not_run(folder: Path, paths: Paths, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "evil"
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError):
+        open_model(str(folder), paths=paths)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_chat_template(folder: Path, paths: Paths) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="chat template"):
+        open_model(str(folder), paths=paths)
+
+
+def test_a_tokenizer_that_truncates_is_cured(folder: Path, paths: Paths) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["truncation"] = {
+        "direction": "Right",
+        "max_length": 16,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    file.write_text(json.dumps(tokenizer))
+    assert open_model(str(folder), paths=paths).counter.count_text("x" * 100) == 100
+
+
+def test_the_fingerprint_follows_weights_and_template(folder: Path, tiny_weights: Weights) -> None:
+    def fingerprint() -> str:
+        return Weights.load(folder, name="copy").fingerprint
+
+    first = fingerprint()
+    assert first == fingerprint()
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    second = fingerprint()
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert len({first, second, fingerprint()}) == 3
+
+
+def test_loading_is_silent(tiny_model: Path, tmp_path: Path) -> None:
+    """Not a byte on stdout or stderr: stdout carries data only, stderr what we decide."""
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from agentctx.models.load import open_model
+        from agentctx.paths import Paths
+
+        here = Path({str(tmp_path)!r})
+        open_model({str(tiny_model)!r}, paths=Paths(here, here, here, here)).chat.invoke("x", max_tokens=3)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.model
+def test_the_embedded_model_answers(embedded_model: Model) -> None:
+    reply = embedded_model.chat.invoke("What is the capital of France?")
+    assert "Paris" in str(reply.content)
+    assert embedded_model.profile.tiers == {"reads"}
+    assert embedded_model.profile.window == 600
+
+
+@pytest.mark.model
+def test_the_embedded_tokenizer_is_the_one_transformers_would_choose(
+    embedded: Paths, embedded_model: Model
+) -> None:
+    from transformers import AutoTokenizer
+
+    chosen = AutoTokenizer.from_pretrained(embedded.models / "smollm2" / "safetensors")
+    for text in (
+        "The court ruled on 3 May 2021.",
+        "naïve façade — 日本語 😀\t\n\n  x",
+        "def f(a):\n    return a",
+    ):
+        assert embedded_model.counter.count_text(text) == len(chosen.encode(text, add_special_tokens=False))
