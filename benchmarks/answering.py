@@ -2,7 +2,7 @@
 
     python benchmarks/answering.py DATA_DIR --out benchmarks/results/answering.json
 
-Sets: Natural Questions with the gold passage among 20 (`lost_in_the_middle`; the other 19 are other questions'
+Sets: Natural Questions with the gold passage among 20 (`lost_in_the_middle`; the others are other questions'
 passages, drawn by seed), `hotpotqa` in the distractor setting, `ruler` at 4k tokens. Ways, all with the same
 embedded model:
 
@@ -13,9 +13,9 @@ embedded model:
 - `stuffed`: the whole text in one call.
 - `bm25_top`: the passage that BM25 puts first, read in one call.
 
-Each call of the last three uses the prompt of `ask`'s short answer. Also checked for every run: calls and tokens
-within the plan, and every citation shown as supported is verbatim. Items finished are kept in `--out` + ".part",
-so a stopped benchmark goes on where it was.
+Each call of the last three uses the prompt of `ask`'s short answer. Also checked for every run: calls and
+tokens within the plan, and every citation shown as supported is verbatim. Items finished are kept beside
+`--out`, so a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
