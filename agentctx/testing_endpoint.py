@@ -1,7 +1,7 @@
 """A scripted OpenAI-compatible server on loopback: the public test double for whole processes.
 
-    with ScriptedEndpoint(finding(r"The code of (\\w+ is \\w+)")) as endpoint:
-        Context.open("notes", model="openai:scripted", base_url=endpoint.url)
+with ScriptedEndpoint(finding(r"The code of (\\w+ is \\w+)")) as endpoint:
+    Context.open("notes", model="openai:scripted", base_url=endpoint.url)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ScriptedEndpoint:
         common = {"id": "scripted", "created": 1, "model": body["model"]}
         if body.get("stream"):
             choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
+            events: list[dict[str, Any]] = [{"choices": [choice]}, {"choices": [], "usage": usage}]
             lines = [json.dumps({**common, "object": "chat.completion.chunk", **event}) for event in events]
             stream = "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
             _send(handler, 200, "text/event-stream", stream)

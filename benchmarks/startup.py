@@ -3,8 +3,7 @@
     python benchmarks/startup.py DOCUMENT --out benchmarks/results/startup.json
 
 Each is a whole process, started several times; seconds are wall time, memory is the peak resident size. The
-document is cut to 300,000 characters, about 100 pages. The first `ask` has no cache; the second asks something
-else of the same document.
+document is cut to 300,000 characters, about 100 pages, and asked without any cache.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ RANKS = {
     "privacy": 0,
     "models": 1,
     "testing": 1,
+    "testing_endpoint": 1,
     "runs": 1,
     "session": 1,
     "api": 2,

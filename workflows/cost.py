@@ -4,8 +4,8 @@
     ceiling = C0 + X · (1 call, i_max, o_max)                  X extra attempts for the whole run
     X = max(2 + ⌈C0/10⌉, min(C0, P) + 1)                       P calls in flight
 
-The second bound pays for what a killed process had in flight: those calls may have been charged, so they count
-as spent, and the resumed run makes them again.
+The second bound pays for what a killed process had in flight: those calls may have been charged, so they
+count as spent, and the resumed run makes them again.
 
 Integers only; a logarithm of floats gives a wrong depth at exact powers.
 """
