@@ -2,12 +2,12 @@
 
     python benchmarks/reading.py DATA_DIR --model FOLDER --out benchmarks/results/reading.json
 
-Natural Questions (`lost_in_the_middle/nq_oracle.jsonl`), every second question: the others were used to
-choose the methods. A *hit* is a gold answer inside the text in question (SQuAD's normalisation).
+Natural Questions (`lost_in_the_middle/nq_oracle.jsonl`), every second question but for the first 60: those
+and the other half were used to choose the methods. A *hit* is a gold answer inside the text in question (SQuAD's normalisation).
 
-- `spans`: is the answer in the sentences that a method shows? Methods: the longest sentences, BM25, query
-  likelihood of the bare sentence and of the sentence under its heading, each alone and with the short
-  answer's words (`agentctx.workflows.pick`); the whole passage is the upper bound.
+- `spans`: is the answer in the sentences that a method shows? Methods: the longest sentences, query
+  likelihood of the bare sentence, and `agentctx.workflows.pick` with the Reader and without (`words`), each
+  before and after a short answer is known; the whole passage is the upper bound.
 - `answers`: the short answer from the picked sentences, from the whole passage and from none, and how often
   what is shown of it is right: the part that the code finds in the shown span.
 - `lengths`: all of N tokens read in one call, against reading only the best of the same passages. The
@@ -49,6 +49,7 @@ from agentctx.workflows.short_answer import MAX_TOKENS, clean_short_answer, shor
 LENGTHS = (300, 600, 1000, 1600)  # tokens of passages in one call
 FENCE = "text-7f3a"
 RESAMPLES = 2000
+SPENT = 60  # questions of this half that were looked at before the weights were final
 BATCH = 10  # replies written side by side
 Table = dict[str, Any]
 
@@ -63,8 +64,8 @@ class Item:
     found: tuple[str, ...]  # BM25's best passages among all, best first
 
 
-def load(folder: Path, number: int, split: str) -> list[Item]:
-    """The first `number` questions of one half."""
+def load(folder: Path, number: int) -> list[Item]:
+    """The first `number` questions that served no choice."""
     rows = [json.loads(line) for line in (folder / "lost_in_the_middle/nq_oracle.jsonl").open()]
     passages = list(dict.fromkeys(row["context"] for row in rows))
     words = Lexical(passages)
@@ -75,7 +76,7 @@ def load(folder: Path, number: int, split: str) -> list[Item]:
             row["context"],
             tuple(passages[position] for position in words.top(row["question"], 20)),
         )
-        for row in rows[0 if split == "development" else 1 :: 2][:number]
+        for row in rows[1::2][SPENT:][:number]
     ]
 
 
@@ -146,7 +147,7 @@ async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequ
     for limit in (1, 2):
         texts[f"longest/{limit}"] = [await bare(item, None, limit) for item in items]
         texts[f"likelihood_bare/{limit}"] = [await bare(item, reader, limit) for item in items]
-        for name, scorer in (("bm25", None), ("likelihood", reader)):
+        for name, scorer in (("words", None), ("pick", reader)):
             for suffix, replies in (("", [""] * len(items)), ("+answer", answers)):
                 texts[f"{name}{suffix}/{limit}"] = [
                     await shown(item, [item.passage], scorer, reply, limit)
@@ -278,16 +279,16 @@ async def measure(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     reader = TransformersReader(model, tokenizer, lock=threading.Lock())
     writer = Writer(model, tokenizer)
-    items = load(args.data, args.questions, args.split)
+    items = load(args.data, args.questions)
     begun = time.perf_counter()
     read = [await picked_text(item, [item.passage], reader) for item in items]
     answers = writer.answers([(item.question, text) for item, text in zip(items, read, strict=True)])
     result: Table = {"about": about(args), "spans": await spans(items, reader, answers)}
     save(result, args.out)
+    result["answers"] = await answers_table(items, reader, writer)
+    save(result, args.out)
     if args.length_questions:
         result["lengths"] = await lengths(items[: args.length_questions], reader, writer, tokenizer)
-        save(result, args.out)
-    result["answers"] = await answers_table(items, reader, writer)
     result["seconds"] = time.perf_counter() - begun
     save(result, args.out)
 
@@ -295,7 +296,6 @@ async def measure(args: argparse.Namespace) -> None:
 def about(args: argparse.Namespace) -> Table:
     return {
         "model": args.model.name,
-        "split": args.split,
         "questions": args.questions,
         "length_questions": args.length_questions,
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -316,7 +316,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--length-questions", type=int, default=24, help="0 leaves the lengths out")
-    parser.add_argument("--split", choices=("test", "development"), default="test")
     args = parser.parse_args()
     asyncio.run(measure(args))
 

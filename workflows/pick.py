@@ -1,18 +1,21 @@
 """Pick the sentences to show: the verbatim spans of a few passages that answer the question.
 
-Two signals, neither of them a judgement a small model would have to write down:
+Four signals, none a judgement that a small model would have to write down:
 
 - how well the sentence, read under its heading, predicts the question (the Reader's query likelihood);
-- how much of a short answer that the model gave from the passage stands in the sentence. Asked for a few
-  words, a small model often names the right place though it words the answer badly.
+- the words it shares with the question (BM25);
+- its length, because a short sentence seldom holds both what is asked about and the answer;
+- how much of a short answer, given from these passages, stands in it. Asked for a few words, a small model
+  often names the right place though it words the answer badly.
 
-Without a Reader, the words a sentence shares with the question (BM25) stand in for the first.
-`benchmarks/reading.py` compares the two, their sum and the alternatives.
+Without a Reader the other three decide. Within one passage no signal is strong: all its sentences are about
+the matter. The weights were set on 278 questions; `benchmarks/reading.py` measures on others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +25,11 @@ from agentctx.memory.sentences import sentences
 from agentctx.workflows.grounding import supported_share
 from agentctx.workflows.ports import Reader
 
-ANSWER_WEIGHT = 2.0  # nats per question token that a sentence with the whole short answer is worth
+# In nats per question token, the unit of likelihood.
+LEXICAL_WEIGHT = 1.0  # what the sentence that shares most words gets
+LENGTH_WEIGHT = 0.3  # per natural logarithm of the length in characters
+ANSWER_WEIGHT = 2.0  # what a sentence that holds the whole short answer gets
+_LENGTHS = (40, 240)  # characters; outside, length makes no difference
 _HEADING = 80  # characters; a longer line is text
 
 
@@ -69,18 +76,18 @@ async def pick(
     """The best `limit` sentences of all passages; chosen neighbours become one pick.
 
     `answer` is a short answer given from these passages, or "". At most `max_tokens` Reader tokens are
-    spent: the candidates that share the fewest words with the question are not scored then, and are not
-    picked. None of them scored, or no reader: words alone decide.
+    spent: the candidates whose words and length promise least are not scored then, and are not picked.
+    If none can be scored, or without a reader, words and length decide among all.
     """
-    candidates, lexical = await asyncio.to_thread(_prepare, question, passages)
-    scores, computed, reused = lexical, 0, 0
+    candidates, scores = await asyncio.to_thread(_prepare, question, passages)
+    computed = reused = 0
     if reader is not None:
-        seen = _affordable(question, candidates, lexical, reader, max_tokens)
+        seen = _affordable(question, candidates, scores, reader, max_tokens)
         if seen:
             candidates = [candidates[position] for position in seen]
-            likelihood = await reader.likelihood(question, [candidate.read for candidate in candidates])
-            scores = list(likelihood.values)
-            computed, reused = likelihood.computed_tokens, likelihood.reused_tokens
+            found = await reader.likelihood(question, [candidate.read for candidate in candidates])
+            scores = [scores[position] + value for position, value in zip(seen, found.values, strict=True)]
+            computed, reused = found.computed_tokens, found.reused_tokens
     scores = [
         score + ANSWER_WEIGHT * supported_share(answer, candidate.text, question)
         for candidate, score in zip(candidates, scores, strict=True)
@@ -111,11 +118,16 @@ def pick_cost(question: str, passages: Sequence[str], *, reader: Reader | None) 
 
 
 def _prepare(question: str, passages: Sequence[str]) -> tuple[list[_Candidate], list[float]]:
-    """All candidates with their lexical scores, scaled to at most 1.0."""
+    """All candidates, and their scores by words and length."""
     candidates = _candidates(passages)
-    scores = Lexical([candidate.read for candidate in candidates]).scores(question)
-    highest = max(scores, default=0.0) or 1.0
-    return candidates, [score / highest for score in scores]
+    words = Lexical([candidate.read for candidate in candidates]).scores(question)
+    most = max(words, default=0.0) or 1.0
+    shortest, longest = _LENGTHS
+    return candidates, [
+        LEXICAL_WEIGHT * shared / most
+        + LENGTH_WEIGHT * math.log(min(max(len(candidate.text), shortest), longest))
+        for candidate, shared in zip(candidates, words, strict=True)
+    ]
 
 
 def _candidates(passages: Sequence[str]) -> list[_Candidate]:
@@ -149,14 +161,14 @@ def _heads(passage: str, line: tuple[int, int], following: tuple[int, int]) -> b
 def _affordable(
     question: str,
     candidates: Sequence[_Candidate],
-    lexical: Sequence[float],
+    promise: Sequence[float],
     reader: Reader,
     max_tokens: int | None,
 ) -> list[int]:
-    """Positions of the candidates to score, in order: all, or the lexically best that the tokens allow."""
+    """Positions of the candidates to score, in order: all, or the most promising that the tokens allow."""
     if max_tokens is None:
         return list(range(len(candidates)))
-    order = sorted(range(len(candidates)), key=lambda position: -lexical[position])
+    order = sorted(range(len(candidates)), key=lambda position: -promise[position])
 
     def cost(number: int) -> int:
         return reader.likelihood_cost(question, [candidates[position].read for position in order[:number]])

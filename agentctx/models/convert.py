@@ -15,7 +15,6 @@ from pathlib import Path
 
 from agentctx.memory.errors import ModelError
 from agentctx.models.disk import disk_errors, flush, no_space, private_folder
-from agentctx.models.failures import out_of_memory
 from agentctx.models.fetch import Progress, last_line
 from agentctx.models.manifest import Manifest, sha256
 
@@ -59,6 +58,8 @@ def _run_child(gguf: Path, folder: Path, name: str) -> None:
     if "No space left" in child.stderr or "Disk quota exceeded" in child.stderr:
         raise no_space(folder.parent)
     if child.returncode == -9 or "MemoryError" in child.stderr or "can't allocate memory" in child.stderr:
+        from agentctx.models.failures import out_of_memory
+
         raise out_of_memory(name)
     raise ModelError(
         f"{gguf} cannot be converted: {last_line(child.stderr)}", hint="is it a complete GGUF file?"

@@ -21,6 +21,8 @@ _TOKEN = re.compile(
 )
 _WIDE = re.compile(r"[\u2e80-\uffff]")  # East Asian: up to two tokens
 _ASTRAL = re.compile(r"[\U00010000-\U0010ffff]")  # emoji and rare scripts: up to three
+_BLOB = re.compile(r"[a-zA-Z0-9]{24}")  # base64, hashes: pieces of a character or two
+_WEIGHTS = ((_TOKEN, 1), (_WIDE, 1), (_ASTRAL, 2), (_BLOB, 8))
 
 
 class TemplateCounter:
@@ -47,9 +49,7 @@ class EstimateCounter:
 
     def count_text(self, text: str) -> int:
         """Tokens of the bare text, estimated."""
-        return sum(
-            weight * len(kind.findall(text)) for kind, weight in ((_TOKEN, 1), (_WIDE, 1), (_ASTRAL, 2))
-        )
+        return sum(weight * len(kind.findall(text)) for kind, weight in _WEIGHTS)
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of the finished prompt, estimated."""

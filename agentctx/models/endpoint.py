@@ -49,6 +49,11 @@ class EndpointChat(ChatOpenAI):
         url = urlsplit(self.openai_api_base or "https://api.openai.com/v1")
         return f"{url.scheme}://{url.hostname}{f':{url.port}' if url.port else ''}{url.path}"
 
+    @property
+    def secret(self) -> str:
+        """The key that is sent."""
+        return self.openai_api_key.get_secret_value() if isinstance(self.openai_api_key, SecretStr) else ""
+
     @classmethod
     def is_lc_serializable(cls) -> bool:
         """A stored copy would lose the checks of this class."""
@@ -130,10 +135,8 @@ class EndpointChat(ChatOpenAI):
         except ModelError:
             raise
         except CLIENT_ERRORS as error:
-            key = self.openai_api_key
-            secret = key.get_secret_value() if isinstance(key, SecretStr) else ""
-            cause = None if secret and secret in str(error) else error  # a traceback would print it
-            raise as_model_error(error, place=self.place, secret=secret) from cause
+            cause = None if self.secret in str(error) else error  # a traceback would print it
+            raise as_model_error(error, place=self.place, secret=self.secret) from cause
 
 
 class _StreamWatch:
@@ -212,12 +215,18 @@ def open_endpoint(name: str, *, base_url: str | None, offline: bool, window: int
     return Model(chat, profile, EstimateCounter(), None, warnings)
 
 
+def _probe(chat: EndpointChat) -> openai.OpenAI:
+    return openai.OpenAI(
+        api_key=chat.secret, base_url=chat.openai_api_base, max_retries=0, timeout=_PROBE_TIMEOUT
+    )
+
+
 def _ask_window(chat: EndpointChat) -> int | None:
     """The window that the endpoint lists for the model, if it lists one; ModelError if it cannot be asked."""
     try:
-        with chat.translated():
-            listed = chat.root_client.with_options(timeout=_PROBE_TIMEOUT).models.list()
-            models = [model.model_dump() for model in listed.data]
+        # A client of its own: a server that fails at this question may close the connection it came on.
+        with chat.translated(), _probe(chat) as client:
+            models = [model.model_dump() for model in client.models.list().data]
     except ModelError as error:
         if isinstance(error.__cause__, openai.APIConnectionError) or error.code == "auth":
             raise

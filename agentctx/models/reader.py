@@ -31,7 +31,7 @@ from agentctx.workflows.ports import Scores
 # benchmarks/finding.py: right first among all for 94 of 100, "Question:" alone 90, a line break 88.
 _AFTER = "\n\nThis text answers the question:"
 _BATCH_TOKENS = 4096  # padded tokens of text that one forward pass attends to; bounds its memory
-_LOGIT_ROWS = 256  # question tokens whose logits are in memory together
+_LOGIT_ROWS = 1024  # question tokens that one pass gives logits for; bounds it too
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class TransformersReader:
         computed = reused = 0
         for batch in _batches(contexts, len(asked)):
             if abandoned.is_set():
-                break
+                return Scores((), computed, reused)
             with self._lock, torch.inference_mode():
                 missing = [text for text in batch if text not in self._kept]
                 held = {text: self._kept[text] for text in batch if text in self._kept}
@@ -170,7 +170,7 @@ class TransformersReader:
         """
         device = self._model.device
         longest = max(text.tokens for text in kept)
-        rows, width = len(kept), last.shape[1] - 1
+        width = last.shape[1] - 1
         cache = DynamicCache()
         for layer in range(len(kept[0].layers)):
             keys, values = (
@@ -180,23 +180,16 @@ class TransformersReader:
             cache.update(keys, values, layer)
         lengths = torch.tensor([text.tokens for text in kept], device=device)
         columns = torch.arange(longest + width, device=device)
-        hidden = self._model.base_model(
+        logits = self._model(
             input_ids=last[:, :-1].to(device),
             past_key_values=cache,
             attention_mask=(columns >= (longest - lengths)[:, None]).long(),
             position_ids=lengths[:, None] + torch.arange(width, device=device),
-        ).last_hidden_state
-        states, targets = hidden.flatten(0, 1), last[:, 1:].flatten().to(device)
-        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]  # as transformers left it
-        losses = [  # in parts, as logits in float32 over the vocabulary are large
-            F.cross_entropy(
-                head(states[start : start + _LOGIT_ROWS]).float(),
-                targets[start : start + _LOGIT_ROWS],
-                reduction="none",
-            )
-            for start in range(0, rows * width, _LOGIT_ROWS)
+        ).logits
+        targets = last[:, 1:].to(device)
+        return [  # a row at a time, as in float32 they would be large together
+            -float(F.cross_entropy(row.float(), target)) for row, target in zip(logits, targets, strict=True)
         ]
-        return [-float(mean) for mean in torch.cat(losses).view(rows, width).mean(dim=1)]
 
     def _keep(self, texts: dict[str, _Kept]) -> None:
         for text, kept in texts.items():
@@ -223,7 +216,9 @@ def _batches(contexts: dict[str, list[int]], asked: int) -> Iterator[list[str]]:
     """Texts of similar length together, so that little is padding."""
     batch: list[str] = []
     for text in sorted(contexts, key=lambda text: len(contexts[text])):
-        if batch and (len(batch) + 1) * (len(contexts[text]) + asked) > _BATCH_TOKENS:
+        rows = len(batch) + 1
+        full = rows * (len(contexts[text]) + asked) > _BATCH_TOKENS or rows * asked > _LOGIT_ROWS
+        if batch and full:
             yield batch
             batch = []
         batch.append(text)

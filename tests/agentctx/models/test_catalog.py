@@ -46,8 +46,17 @@ def write_gguf(path: Path) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
-    layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(tokens), 32),
+        "output": (len(tokens), 32),
+        "output_norm": (32,),
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
     layer |= {
         "ffn_gate": (64, 32),
         "ffn_up": (64, 32),

@@ -150,7 +150,7 @@ def test_images_are_refused(tiny_chat: LocalChat) -> None:
 
 def test_leaving_a_stream_computes_no_more(tiny_chat: LocalChat) -> None:
     calls = _count_forward_passes(tiny_chat)
-    stream = tiny_chat.stream(QUESTION, max_tokens=200)
+    stream: Any = tiny_chat.stream(QUESTION, max_tokens=200)
     next(stream)
     stream.close()
     seen = calls[0]

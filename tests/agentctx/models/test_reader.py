@@ -151,6 +151,28 @@ async def test_the_loop_runs_on_while_another_holds_the_model(tokenizer) -> None
     assert len((await waiting).values) == len(TEXTS)
 
 
+async def test_a_cancelled_call_frees_the_model_and_the_next_one_is_right(tokenizer) -> None:
+    lock = threading.Lock()
+    subject = TransformersReader(tiny(), tokenizer, lock=lock)
+    with lock:
+        waiting = asyncio.create_task(subject.likelihood(QUESTION, TEXTS))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    expected = await reader(tiny(), tokenizer).likelihood(QUESTION, TEXTS)
+    assert (await subject.likelihood(QUESTION, TEXTS)).values == pytest.approx(expected.values, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+async def test_the_size_of_a_batch_changes_no_score(tokenizer, monkeypatch, rows: int) -> None:
+    expected = await reader(tiny(), tokenizer).likelihood(QUESTION, TEXTS)
+    monkeypatch.setattr("agentctx.models.reader._LOGIT_ROWS", rows * len(tokenizer(f" {QUESTION}").input_ids))
+    batched = await reader(tiny(), tokenizer).likelihood(QUESTION, TEXTS)
+    assert batched.values == pytest.approx(expected.values, abs=1e-4)
+    assert batched.computed_tokens == expected.computed_tokens
+
+
 @pytest.mark.model
 async def test_the_embedded_model_finds_the_passage() -> None:
     folder = os.environ.get("AGENTCTX_TEST_MODEL", "")
