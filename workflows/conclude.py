@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from agentctx.memory.citations import Verifier
 from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Answer, Chunk, Citation, Coverage, Span, Status
-from agentctx.workflows.grounding import supports
+from agentctx.workflows.grounding import supported_part
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.state import State
 
@@ -141,14 +141,14 @@ def _text(run: RunContext, draft: dict[str, Any] | None, citations: Sequence[Cit
 def _verbatim_first(
     run: RunContext, text: str, citations: Sequence[Citation], supported: Sequence[Citation]
 ) -> tuple[str, int]:
-    """The source's own words, then the model's, and those only if the shown words say as much."""
+    """The source's own words, then the model's, and of those only what the shown words say too."""
     if not supported:
         return text or NO_ANSWER, len(sentences(text))
     shown = [_quoted(citations, citation) for citation in supported]
     question = run.scope.task.question
-    if any(supports(text, citation.quote, question) for citation in supported):
-        return f"{shown[0]}\n\n{text}", 0
-    return shown[0], 0
+    parts = [supported_part(text, citation.quote, question) for citation in supported]
+    worded = max(parts, key=len)
+    return (f"{shown[0]}\n\n{worded}" if worded else shown[0]), 0
 
 
 def _claimed(
