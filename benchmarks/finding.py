@@ -159,15 +159,18 @@ def _read(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.open()] if log.exists() else []
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """R@1 and R@5 per task, split and method, each with its difference from BM25."""
+def summarise(rows: Sequence[dict[str, Any]], candidates: int) -> list[dict[str, Any]]:
+    """R@1, R@5 and R@candidates per task, split and method, each with its difference from BM25.
+
+    R@candidates of the first stage is the ceiling of everything that comes after it.
+    """
     cells = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         for split in [*dict.fromkeys(row["split"] for row in mine), "all"]:
             chosen = [row for row in mine if split in (row["split"], "all")]
             draws = np.random.default_rng(0).integers(len(chosen), size=(RESAMPLES, len(chosen)))
-            for k in (1, 5):
+            for k in (1, 5, candidates):
                 hits = {m: np.array([row["places"][m] < k for row in chosen], float) for m in METHODS}
                 for method in METHODS:
                     cells.append(
@@ -250,7 +253,7 @@ def main() -> None:
     started = time.perf_counter()
     asyncio.run(measure(items, load(options.model), options.candidates, log))
     rows = sorted(_read(log), key=lambda row: TASKS.index(row["task"]))
-    cells = summarise(rows)
+    cells = summarise(rows, options.candidates)
     report = {
         "environment": environment(options.model, options.candidates),
         "seconds": round(sum(row["seconds"] for row in rows), 1),

@@ -17,6 +17,7 @@ def snapshot(name: str, *, offline: bool, progress: Progress) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED), local_files_only=True))
@@ -28,6 +29,7 @@ def snapshot(name: str, *, offline: bool, progress: Progress) -> Path:
                 f"the hub model {name} is not on this machine, and this run is offline", code="not_fetched"
             ) from error
     progress(f"fetching {name} from the hub", 0, None)
+    disable_progress_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except (
@@ -39,3 +41,5 @@ def snapshot(name: str, *, offline: bool, progress: Progress) -> Path:
             code="not_fetched",
             hint="check the name and the connection, or give a folder",
         ) from error
+    finally:
+        enable_progress_bars()

@@ -2,13 +2,11 @@
 
 Reads a Hugging Face folder of safetensors; never a pickle, never code that ships with weights. Loading is
 kept short: the tokenizer is built from tokenizer.json directly (the class that AutoTokenizer looks up costs
-a second of imports and gives the same tokens), hashes are checked beside the import of torch, and the garbage
-collector rests while half a million objects are imported.
+a second of imports and gives the same tokens), and hashes are checked beside the import of torch.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -53,7 +51,7 @@ class Weights:
         """
         if verify is None:
             _check_files(folder)
-        with _collector_resting(), ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside:
             identity = beside.submit(_identity, folder, verify)
             go_offline()
             dtype, device = _choose_device()
@@ -184,17 +182,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = generation if isinstance(generation, list) else [generation]
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
-
-
-@contextmanager
-def _collector_resting() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -68,6 +68,20 @@ def test_a_hub_id_offline(paths: Paths) -> None:
     assert caught.value.code == "not_fetched"
 
 
+def test_a_hub_id_that_is_cached(
+    tiny_model: Path, paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    shutil.copytree(tiny_model, cached / "snapshots" / "abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = open_model("someone/tiny", paths=paths, offline=True)
+    assert (model.profile.name, model.profile.context) == ("someone/tiny", 1024)
+
+
 def test_a_local_model_with_a_url(paths: Paths) -> None:
     with pytest.raises(ConfigError, match="base URL"):
         open_model("smollm2", base_url="http://127.0.0.1:9/v1", paths=paths)

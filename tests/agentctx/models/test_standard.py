@@ -88,4 +88,4 @@ class TestIntegration(_Abilities, ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         assert isinstance(self._chat, LocalChat)
-        return {"weights": self._chat.weights, "model_name": "smollm2", "context": self._chat.context}
+        return {"weights": self._chat.weights, "model_name": "smollm2", "context": 8192, "max_tokens": 64}
