@@ -8,8 +8,10 @@ Four signals, none a judgement that a small model would have to write down:
 - how much of a short answer, given from these passages, stands in it. Asked for a few words, a small model
   often names the right place though it words the answer badly.
 
-Without a Reader the other three decide. Within one passage no signal is strong: all its sentences are about
-the matter. The weights were set on 278 questions; `benchmarks/reading.py` measures on others.
+Without a Reader the other three decide. Within one passage no signal is strong, since all its sentences are
+about the matter, and where the question shares words with its passage the Reader adds nothing that could be
+measured; it is there for questions in other words. The short answer is worth most. The weights were set on
+278 questions; `benchmarks/reading.py` measures on others.
 """
 
 from __future__ import annotations
