@@ -3,7 +3,8 @@
     python benchmarks/reading.py DATA_DIR --model FOLDER --out benchmarks/results/reading.json
 
 Natural Questions (`lost_in_the_middle/nq_oracle.jsonl`), every second question but for the first 60: those
-and the other half were used to choose the methods. A *hit* is a gold answer inside the text in question (SQuAD's normalisation).
+and the other half were used to choose the methods. A *hit* is a gold answer inside the text in question
+(SQuAD's normalisation).
 
 - `spans`: is the answer in the sentences that a method shows? Methods: the longest sentences, query
   likelihood of the bare sentence, and `agentctx.workflows.pick` with the Reader and without (`words`), each

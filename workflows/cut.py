@@ -47,9 +47,10 @@ class Cut:
 def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
     """Cut for `role` with chunks of at most `limit` tokens, or as large as the window allows.
 
-    Raises ConfigError if even the smallest chunk does not fit.
+    A `limit` that is stated may pass the reliable window, never the context. Raises ConfigError if even the
+    smallest chunk does not fit.
     """
-    room = scope.profile.window - role.max_output
+    room = (scope.profile.context if limit else scope.profile.window) - role.max_output
     empty = scope.prompt_tokens(role.render(scope.task.question, [], scope.tag))
     label = max(
         scope.prompt_tokens(role.render(scope.task.question, [(d.source, "")], scope.tag)) - empty

@@ -62,7 +62,7 @@ def best_first(notes: Sequence[Note]) -> list[Note]:
 
 
 def pieces_of(scope: Scope, notes: Sequence[Note]) -> list[Piece]:
-    """The notes' quotes as pieces to answer from, as many as the window surely takes."""
+    """The notes' quotes as pieces to answer from, one a note, as many as the window surely takes."""
     pieces: list[Piece] = []
     room = scope.profile.window // 2
     for note in notes:
@@ -109,20 +109,27 @@ def _fitted(scope: Scope, points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def outline(run: RunContext, made: Cut, groups: Sequence[Sequence[str]], reads: Mapping[str, str]) -> str:
-    """The draft of a summary: the parts' points in order, under the parts' names. Returns a record id."""
+def outline(
+    run: RunContext, made: Cut, groups: Sequence[Sequence[str]], reads: Mapping[str, str]
+) -> tuple[str, int]:
+    """The draft of a summary: the parts' points in order, under the parts' names.
+
+    Returns its record id, and how many notes had to be left out.
+    """
     points: list[dict[str, Any]] = []
+    left_out = 0
     if run.scope.profile.writes:
         for name, group in zip(made.parts, groups, strict=True):
             for data in run.cache.get_many(list(group)).values():
                 points += [{**point, "part": name} for point in data["points"]]
     else:
-        notes = _central(notes_of(run, made, reads))
-        for note in notes:
+        notes = notes_of(run, made, reads)
+        left_out = max(0, len(notes) - MAX_POINTS)
+        for note in _central(notes):
             part = made.parts[made.reads[note.read].part]
             quotes = [run.scope.text(span) for span in note.spans]
             points.append({"text": note.text, "quotes": quotes, "part": part})
-    return keep_record(run, "outline", {"points": points, "no_information": not points})
+    return keep_record(run, "outline", {"points": points, "no_information": not points}), left_out
 
 
 def no_information(run: RunContext) -> str:

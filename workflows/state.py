@@ -59,6 +59,7 @@ class State(TypedDict, total=False):
     route: str  # which edge to take next
     kept: list[int]  # passages chosen to be read
     scored: list[int]  # passages that the Reader ranked
+    not_forwarded: int  # notes that were found and did not fit the next step
     draft: str  # id of the record that the answer is made of
     spans: list[list[Any]]  # [document id, start, end, score, producer]: evidence chosen without a call
     answer: dict[str, Any]

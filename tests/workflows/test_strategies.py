@@ -304,3 +304,29 @@ def test_state_holds_no_document_text(tmp_path):
     )
     folder = paths.runs / "r"
     assert b"XYZZY" not in b"".join(path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_search_answers_from_twice_as_many_reads_until_it_is_grounded():
+    """The model answers only once it sees both halves of the fact, which stand in different reads."""
+    halves = {"north": "The first half of the key is north.", "wind": "The second half of the key is wind."}
+    text = haystack(900).split(". ")
+    text[100], text[700] = halves["north"][:-1], halves["wind"][:-1]
+    seen = []
+
+    def reply(messages):
+        system, prompt = str(messages[0].text), str(messages[-1].text)
+        found = [quote for quote in halves.values() if quote in prompt]
+        if '"facts"' in system:
+            claims = [{"text": quote, "quotes": [quote]} for quote in found]
+            return {"facts": claims, "confidence": 3, "no_information": not claims}
+        seen.append(len(found))
+        if len(found) < 2:
+            return {"text": "", "claims": [], "no_information": True}
+        return {"text": "northwind", "claims": [{"text": "northwind", "quotes": found}]}
+
+    answer = context(ScriptedChat(reply=reply), text=". ".join(text)).ask(
+        "What is the key?", strategy="map_reduce"
+    )
+    assert seen == [1, 2]
+    assert answer.text == "northwind [1][2]"
+    assert answer.status == "complete"

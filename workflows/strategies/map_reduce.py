@@ -42,7 +42,7 @@ from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Part, Record, State
 
 SENDS = 512  # LangGraph tasks per superstep; more reads than that travel in batches
-GIST_TOKENS = 400  # a model that only reads is given short chunks
+GIST_TOKENS = 300  # a model that only reads is given short chunks
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,18 @@ class MapReduce(Strategy):
         notes = best_first(notes_of(run, self.cut(run.scope), state.get("reads", {})))
         if notes and not run.scope.profile.writes:
             return {"draft": keep_record(run, "note", {"text": notes[0].text}), "spans": spans_of(notes[:1])}
-        update: dict[str, Any] = {}
+        best_reads = list(dict.fromkeys(note.read for note in notes))
+        update: dict[str, Any] = {"draft": no_information(run)}
         size = 1
-        while notes:
-            pieces = pieces_of(run.scope, notes[:size])
+        while best_reads:
+            chosen = [note for note in notes if note.read in best_reads[:size]]
+            pieces = pieces_of(run.scope, chosen)
             update = await answer_pieces(run, pieces)
-            if size >= len(notes) or is_grounded(run, update):
+            update["not_forwarded"] = len(chosen) - len(pieces)
+            if size >= len(best_reads) or is_grounded(run, update):
                 break
             size *= 2
-        return update or {"draft": no_information(run)}
+        return update
 
     async def _reduce(self, run: RunContext, state: State) -> dict[str, Any]:
         """One level of the tree, all parts at once; at the top the parts' points become the draft."""
@@ -213,12 +216,8 @@ class MapReduce(Strategy):
             groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
             if any(len(group) > 1 for group in groups):
                 return {"route": "reduce", "groups": groups}
-        made = self.cut(run.scope)
-        return {
-            "route": "verify",
-            "groups": groups,
-            "draft": outline(run, made, groups, state.get("reads", {})),
-        }
+        draft, left_out = outline(run, self.cut(run.scope), groups, state.get("reads", {}))
+        return {"route": "verify", "groups": groups, "draft": draft, "not_forwarded": left_out}
 
     def covered(self, scope: Scope, state: State) -> Covered:
         made = self.cut(scope)
@@ -227,7 +226,12 @@ class MapReduce(Strategy):
             return frozenset(i for n in numbers for i in made.reads[int(n)].chunks)
 
         failed = [n for n, f in state.get("failures", {}).items() if f["kind"] not in ("cancelled", "budget")]
-        return Covered(made.chunks, read=chunks_of(state.get("reads", {})), failed=chunks_of(failed))
+        return Covered(
+            made.chunks,
+            read=chunks_of(state.get("reads", {})),
+            failed=chunks_of(failed),
+            not_forwarded=state.get("not_forwarded", 0),
+        )
 
 
 def _fan_out(state: State) -> list[Send]:

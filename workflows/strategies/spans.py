@@ -81,7 +81,7 @@ class Spans(Strategy):
         none, _ = answer_input(scope, [])
         passages = -(-self.room(scope) // self.passage_tokens)
         wanted = none + passages * (one - none) + self.room(scope) * 5 // 4 + self.passage_tokens // 4
-        return min(scope.profile.window - output, wanted)
+        return min(scope.profile.context - output, wanted)
 
     def body_plan(self, scope: Scope) -> Plan:
         passages = self.passages(scope)

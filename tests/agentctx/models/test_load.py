@@ -206,7 +206,7 @@ def test_the_embedded_model_answers(embedded_model: Model) -> None:
     reply = embedded_model.chat.invoke("What is the capital of France?")
     assert "Paris" in str(reply.content)
     assert embedded_model.profile.tiers == {"reads"}
-    assert embedded_model.profile.window == 600
+    assert embedded_model.profile.window == 300
 
 
 @pytest.mark.model
