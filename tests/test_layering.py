@@ -69,6 +69,7 @@ def test_the_top_floor_imports_in_order() -> None:
         if file.name == "__init__.py" and file.parent == ROOT / "agentctx":
             continue  # it names the public surface, and imports it only when asked
         own = file.relative_to(ROOT / "agentctx").with_suffix("").parts[0]
+        assert own in RANKS, f"agentctx/{own} needs a rank here"
         for line, name in imports(file):
             parts = name.split(".")
             if parts[0] != "agentctx" or (len(parts) > 1 and parts[1] in FLOORS):
