@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from agentctx.memory.atomic import make_private
+
 SCHEMA = 1
 
 
@@ -29,7 +31,7 @@ class LeafCache:
     def __init__(self, path: Path | None) -> None:
         self.warning = ""  # set when a damaged cache was put aside
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(path.parent)
         try:
             self._db = _open(path)
         except sqlite3.DatabaseError as error:

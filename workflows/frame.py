@@ -23,6 +23,7 @@ from agentctx.workflows.answering import answer_input, answer_pieces, direct_pla
 from agentctx.workflows.conclude import Covered, conclude
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
+from agentctx.workflows.split import LEAST
 from agentctx.workflows.state import Input, Output, State
 
 Graph = StateGraph[State, RunContext, Input, Output]
@@ -50,6 +51,7 @@ class Strategy(ABC):
         """The ceiling of a run: that of one direct call if the input fits the reliable window."""
         if not scope.documents:
             raise ConfigError("there is nothing to read: no document was opened")
+        _check_question(scope)
         if not force and reads_directly(scope):
             return direct_plan(scope)
         return self.body_plan(scope)
@@ -71,6 +73,17 @@ class Strategy(ABC):
         direct = state.get("route") == "direct"
         covered = whole_covered(run.scope, state) if direct else self.covered(run.scope, state)
         return {"answer": conclude(run, state, covered, "direct" if direct else self.name)}
+
+
+def _check_question(scope: Scope) -> None:
+    """Refuse a question that leaves no room for any text."""
+    tokens, output = answer_input(scope, [])
+    room = scope.profile.context - output - LEAST
+    if tokens > room:
+        raise ConfigError(
+            f"the question takes {tokens:,} tokens, and {scope.profile.name} has room for {room:,}",
+            hint="ask a shorter question, and pass long text as a document",
+        )
 
 
 def reads_directly(scope: Scope) -> bool:

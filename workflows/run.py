@@ -30,7 +30,7 @@ class Stop:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.cancelled = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may interrupt the thread that holds it
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def request(self, reason: str) -> None:

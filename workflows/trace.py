@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from agentctx.memory.atomic import make_private
 from agentctx.memory.errors import StoreError
 
 _span: ContextVar[tuple[str, str, str]] = ContextVar("span", default=("0", "", ""))  # span, parent, node
@@ -53,7 +54,7 @@ class Trace:
         self._spans = self._seq
         self._file: IO[str] | None = None
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(path.parent)
             _drop_torn_line(path)
             self._file = path.open("a", encoding="utf-8")
 

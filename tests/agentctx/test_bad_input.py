@@ -110,7 +110,7 @@ def test_what_the_model_cannot_take(folder, capfd, embedded, tmp_path):
     assert Paths.default().models.samefile(embedded.models)
     Path("good.txt").write_text(GOOD * 400)
     too_long = "When does it close? " * 2_000
-    assert run(["ask", too_long, "good.txt", "--json", "--offline"]) == 6
-    assert json.loads(capfd.readouterr().out)["error"]["code"] == "overflow"
+    assert run(["ask", too_long, "good.txt", "--json", "--offline"]) == 2
+    assert json.loads(capfd.readouterr().out)["error"]["code"] == "config"
     assert run(["ask", "When?", "good.txt", "--json", "--offline", "--max-output-tokens", "1"]) == 5
     assert json.loads(capfd.readouterr().out)["error"]["code"] == "budget"
