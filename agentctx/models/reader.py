@@ -54,7 +54,7 @@ class TransformersReader:
 
     `lock` guards the model, which chat calls share; it is taken for one batch at a time. `kv_bytes` bounds
     what is kept between calls. Scores are natural logarithms per token, at most 0.0; in bfloat16 they may
-    differ by about 0.01 with the company a text is scored in.
+    differ by about 0.05 with the company a text is scored in.
     """
 
     def __init__(
