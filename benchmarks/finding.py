@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results/finding.json")
     parser.add_argument("--candidates", type=int, default=CANDIDATES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="measure only these now")
+    parser.add_argument("--note", default="", help="recorded, for instance what else the machine was doing")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     items = [*paraphrases(options.data), *natural_questions(options.data)]
@@ -255,13 +256,21 @@ def main() -> None:
     rows = sorted(_read(log), key=lambda row: TASKS.index(row["task"]))
     cells = summarise(rows, options.candidates)
     report = {
-        "environment": environment(options.model, options.candidates),
+        "environment": environment(options.model, options.candidates) | {"note": options.note},
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "seconds_of_this_run": round(time.perf_counter() - started, 1),
         "computed_tokens": sum(row["computed_tokens"] for row in rows),
         "reused_tokens": sum(row["reused_tokens"] for row in rows),
         "results": cells,
-        "places": [{key: row[key] for key in ("task", "split", "id", "places")} for row in rows],
+        "methods": METHODS,
+        "places": {  # of the best right passage, from 0, in the order of `methods`
+            task: {
+                row["id"]: " ".join(str(row["places"][method]) for method in METHODS)
+                for row in rows
+                if row["task"] == task
+            }
+            for task in TASKS
+        },
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(cells))
