@@ -14,6 +14,7 @@ from agentctx.cli.options import Options, OutputOptions
 from agentctx.cli.output import Output, claim_stdout
 from agentctx.cli.signals import stopping
 from agentctx.cli.sources import selection_of, sources_of
+from agentctx.cli.startup import collector_resting
 from agentctx.memory.errors import AgentctxError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _run(
     output: Output,
     stop: Stop,
 ) -> int:
-    context = _open(sources, settings, output)
+    with collector_resting():
+        context = _open(sources, settings, output)
     output.profile, output.resumable = context.model.profile, not settings.ephemeral
     skipped = context.corpus.skipped
     if options.strict_inputs and skipped:
