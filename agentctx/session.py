@@ -83,9 +83,9 @@ async def _answer(
             await main
         # What is in memory is enough for an answer without a further call.
         run.stopped_because = run.stopped_because or run.stop.reason
-        return ANSWER.validate_python(
-            conclude(run, run.seen, strategy.covered(run.scope, run.seen), strategy.name)
-        )
+        run.see({"spans": strategy.salvage(run, run.seen)})
+        covered = strategy.covered(run.scope, run.seen)
+        return ANSWER.validate_python(conclude(run, run.seen, covered, strategy.name))
     finally:
         for pending in (main, cancelled):
             pending.cancel()

@@ -47,6 +47,10 @@ class Strategy(ABC):
     def covered(self, scope: Scope, state: State) -> Covered:
         """What the body read, by the chunks it works on."""
 
+    def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
+        """Evidence that a cancelled run has found, best first, without a further call."""
+        return state.get("spans", [])
+
     def plan(self, scope: Scope, *, force: bool = False) -> Plan:
         """The ceiling of a run: that of one direct call if the input fits the reliable window."""
         if not scope.documents:

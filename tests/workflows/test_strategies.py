@@ -248,6 +248,23 @@ def test_a_second_stop_cancels_and_still_answers():
     assert answer.coverage.read == 0
 
 
+def test_a_cancelled_run_shows_what_its_reads_found():
+    stop = Stop()
+    seen = []
+
+    def listen(event):
+        seen.append(event.event)
+        if seen.count("call.end") == 6 and not stop.reason:
+            stop.request("interrupted")
+            stop.request("interrupted")
+
+    chat = ScriptedChat(reply=finding(NEEDLE), delay=0.02)
+    text = "The code of Zed is K77. " + haystack(1200)
+    answer = context(chat, text=text).ask(QUESTION, strategy="map_reduce", stop=stop, on_event=listen)
+    assert (answer.status, answer.stopped_because) == ("partial", "interrupted")
+    assert "The code of Zed is K77." in answer.citations[0].quote
+
+
 def test_calls_in_flight_are_bounded():
     chat = ScriptedChat(reply=finding(NEEDLE), delay=0.005)
     context(chat, text=haystack(900)).ask(QUESTION, strategy="map_reduce")
@@ -329,3 +346,24 @@ def test_a_search_answers_from_twice_as_many_reads_until_it_is_grounded():
     assert seen == [1, 2]
     assert answer.text == "northwind [1][2]"
     assert answer.status == "complete"
+
+
+@pytest.mark.parametrize("strategy", ["direct", "spans", "map_reduce", "recursive"])
+def test_a_refused_answer_leaves_what_was_read(strategy):
+    """The last call fails: the run ends as partial or with the model's error, never with a bug."""
+
+    def reply(messages):
+        if '"facts"' in str(messages[0].text):
+            return finding(NEEDLE)(messages)
+        return ModelError("no", code="refused")
+
+    window = 1500 if strategy != "direct" else 40000
+    ctx = context(ScriptedChat(reply=reply), text=haystack(300), window=window)
+    if strategy in ("direct", "spans"):
+        with pytest.raises(ModelError, match="no"):
+            ctx.ask(QUESTION, strategy=strategy)
+    else:
+        answer = ctx.ask(QUESTION, strategy=strategy)
+        assert answer.status == "partial"
+        assert answer.coverage.read == answer.coverage.total
+        assert answer.text == "The code of Zed is K77. [1]", "what the reads found is shown"

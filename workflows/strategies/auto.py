@@ -90,6 +90,9 @@ class Auto(Strategy):
             alternatives=(*decision.alternatives, "force one with --strategy"),
         )
 
+    def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
+        return self.chosen(run.scope).salvage(run, state)
+
     def covered(self, scope: Scope, state: State) -> Covered:
         return self.chosen(scope).covered(scope, state)
 

@@ -11,7 +11,6 @@ our own, because the published one makes many times the calls it plans.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -42,6 +41,7 @@ from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Part, Record, State
 
 SENDS = 512  # LangGraph tasks per superstep; more reads than that travel in batches
+SHOWN = 3  # notes whose quotes are shown when no answer could be made of them
 GIST_TOKENS = 300  # a model that only reads is given short chunks
 
 
@@ -116,7 +116,7 @@ class MapReduce(Strategy):
         empty, output = answer_input(scope, [])
         if not scope.profile.writes:  # its best short answer is taken as it is
             return cost.stage("answer", role.name, [], output, scope.profile)
-        sizes = [min(2**k, reads) for k in range(math.ceil(math.log2(reads)) + 1 if reads > 1 else 1)]
+        sizes = [min(2**k, reads) for k in range((reads - 1).bit_length() + 1)]
         room = scope.profile.window - output
         inputs = [min(room, empty + size * (scope.role(READ).max_output + 64)) for size in sizes]
         return cost.stage("answer", role.name, inputs, output, scope.profile, waves=len(inputs))
@@ -206,7 +206,7 @@ class MapReduce(Strategy):
             if size >= len(best_reads) or is_grounded(run, update):
                 break
             size *= 2
-        return update
+        return update if "draft" in update else {**update, "spans": spans_of(notes[:SHOWN])}
 
     async def _reduce(self, run: RunContext, state: State) -> dict[str, Any]:
         """One level of the tree, all parts at once; at the top the parts' points become the draft."""
@@ -219,13 +219,18 @@ class MapReduce(Strategy):
         draft, left_out = outline(run, self.cut(run.scope), groups, state.get("reads", {}))
         return {"route": "verify", "groups": groups, "draft": draft, "not_forwarded": left_out}
 
+    def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
+        notes = best_first(notes_of(run, self.cut(run.scope), state.get("reads", {})))
+        return spans_of(notes[:SHOWN])
+
     def covered(self, scope: Scope, state: State) -> Covered:
         made = self.cut(scope)
 
         def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
             return frozenset(i for n in numbers for i in made.reads[int(n)].chunks)
 
-        failed = [n for n, f in state.get("failures", {}).items() if f["kind"] not in ("cancelled", "budget")]
+        failures = {n: f["kind"] for n, f in state.get("failures", {}).items() if n != "answer"}
+        failed = [n for n, kind in failures.items() if kind not in ("cancelled", "budget")]
         return Covered(
             made.chunks,
             read=chunks_of(state.get("reads", {})),
