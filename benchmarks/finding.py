@@ -1,6 +1,6 @@
 """How often is the right passage found first? BM25, query likelihood and their fusions.
 
-    python benchmarks/finding.py DATA_DIR --model FOLDER --out benchmarks/results/finding.json
+    python benchmarks/finding.py DATA_DIR --out benchmarks/results/finding.json
 
 Four tasks: the questions of Natural Questions (`lost_in_the_middle/nq_oracle.jsonl`) with the gold passage
 among 20 and among all; forty paraphrased questions (`benchmarks/data/paraphrases.jsonl`) with the gold
@@ -8,7 +8,8 @@ passage among the 20 of their collection and among all of it. The form and the c
 `agentctx.workflows.rank` were chosen on the 100 development questions and on nothing else, so the other 500
 are reported apart. Intervals are 95 % bootstrap intervals over questions, paired where methods are compared.
 
-A stopped run goes on where it was: ranks per question stand in a JSON Lines file beside the output.
+A stopped run goes on where it was: ranks per question stand in a JSON Lines file beside the output. Needs the
+dependency group `bench`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import os
 import platform
 import random
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,9 @@ import numpy as np
 from semantic_text_splitter import TextSplitter
 
 from agentctx.memory.lexical import Lexical
+from agentctx.models.load import open_model
 from agentctx.models.reader import TransformersReader
+from agentctx.paths import Paths
 from agentctx.workflows.rank import CANDIDATES, LEXICAL_WEIGHT, FirstStage, Ranking, rank
 
 HERE = Path(__file__).resolve().parent
@@ -207,15 +209,11 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def load(folder: str) -> TransformersReader:
-    """The reader over a transformers folder, keeping enough for the passages of Natural Questions."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model.eval()  # type: ignore[no-untyped-call]  # as transformers left it
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return TransformersReader(model, tokenizer, lock=threading.Lock(), kv_bytes=3 << 30)
+def load(name: str) -> TransformersReader:
+    """The model's reader, keeping enough for the passages of Natural Questions."""
+    chat: Any = open_model(name, paths=Paths.default()).chat
+    weights = chat.weights
+    return TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=3 << 30)
 
 
 def environment(model: str, candidates: int) -> dict[str, Any]:
@@ -241,7 +239,7 @@ def environment(model: str, candidates: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", type=Path, help="folder with lost_in_the_middle/ and debian_docs/")
-    parser.add_argument("--model", required=True, help="a transformers folder")
+    parser.add_argument("--model", default="smollm2", help="a name of `agentctx models ls`, or a folder")
     parser.add_argument("--out", type=Path, default=HERE / "results/finding.json")
     parser.add_argument("--candidates", type=int, default=CANDIDATES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="measure only these now")
