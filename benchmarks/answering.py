@@ -60,8 +60,8 @@ class Item:
     every: bool
 
 
-def items(data: Path, nq: int, ruler: int) -> Iterator[Item]:
-    """The items of all sets, in a fixed order."""
+def items(data: Path, nq: int, hotpot: int, ruler: int) -> Iterator[Item]:
+    """So many items of each set, evenly spread over its file."""
     rng = random.Random(20)
     rows = [json.loads(line) for line in (data / "lost_in_the_middle/nq_oracle.jsonl").open()]
     for row in rows[:: len(rows) // nq][:nq]:
@@ -72,18 +72,22 @@ def items(data: Path, nq: int, ruler: int) -> Iterator[Item]:
             Document.of(text, f"passage {n}: {text.splitlines()[0]}") for n, text in enumerate(passages)
         ]
         yield Item(row["id"], "nq_20", row["question"], row["answers"], documents, False)
-    for line in (data / "hotpotqa/distractor100.jsonl").open():
+    for line in spread(data / "hotpotqa/distractor100.jsonl", hotpot):
         row = json.loads(line)
         yield Item(
             row["id"], "hotpotqa", row["question"], row["answers"], [Document.of(row["context"])], False
         )
-    lines = (data / "ruler/ruler_4096.jsonl").read_text().splitlines()  # four of each task, in order
-    for line in lines[:: len(lines) // ruler][:ruler]:
+    for line in spread(data / "ruler/ruler_4096.jsonl", ruler):  # four of each task, in order
         row = json.loads(line)
         text, _, question = row["context"].rpartition("\n")
         every = not row["task"].startswith("qa")
         question = question.removeprefix("Question: ")
         yield Item(row["id"], "ruler_4k", question, row["answers"], [Document.of(text)], every)
+
+
+def spread(file: Path, count: int) -> list[str]:
+    lines = file.read_text().splitlines()
+    return lines[:: len(lines) // count][:count]
 
 
 def normalised(text: str) -> str:
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--nq", type=int, default=120, help="how many of the 600 questions")
+    parser.add_argument("--hotpot", type=int, default=40, help="how many of the 40 questions")
     parser.add_argument("--ruler", type=int, default=48, help="how many of the 48 items")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/answering.json"))
     options = parser.parse_args()
@@ -245,13 +250,14 @@ def main() -> None:
     done = {row["id"] for row in rows}
     model = open_model(options.model, paths=Paths.default())
     with part.open("a") as file:
-        for item in items(options.data, options.nq, options.ruler):
+        for item in items(options.data, options.nq, options.hotpot, options.ruler):
             if item.id not in done:
                 rows.append(measure(item, model))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
     result = {
-        "command": f"python benchmarks/answering.py DATA_DIR --nq {options.nq} --ruler {options.ruler}",
+        "command": f"python benchmarks/answering.py DATA_DIR --nq {options.nq} --hotpot {options.hotpot} "
+        f"--ruler {options.ruler}",
         "model": model.profile.name,
         "versions": {
             name: version(name) for name in ("torch", "transformers", "langgraph", "langchain-core")
