@@ -14,18 +14,18 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from agentctx.blocking import blocking, blocking_iterator
 from agentctx.memory.blobs import Blobs
-from agentctx.memory.documents import Corpus, Selection, open_documents
-from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, InputError
-from agentctx.memory.types import Answer, Budget, Document, Notice, Plan
+from agentctx.memory.documents import Corpus, Selection
+from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError
+from agentctx.memory.types import Answer, Budget, Notice, Plan
 from agentctx.paths import Paths
 from agentctx.privacy import tracing_notices
 from agentctx.runs import Runs
 from agentctx.session import execute, outcome
+from agentctx.sources import Source, corpus_of
 from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.conclude import ANSWER
 from agentctx.workflows.fence import draw_tag
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Context", "Stop"]
 Progress = Callable[[str, int, int | None], None]
 Listener = Callable[[Event], None]
-Source = str | Path | Document
 UNLIMITED = Budget()
 
 
@@ -81,7 +80,7 @@ class Context:
         """
         from agentctx.models.load import open_model
 
-        corpus = _corpus(sources, text, selection or Selection(), stdin)
+        corpus = corpus_of(sources, text, selection or Selection(), stdin)
         paths = paths or Paths.default()
         options: dict[str, Any] = {}
         if isinstance(model, str):
@@ -156,9 +155,8 @@ class Context:
                 stop.request("cancelled")
             await asyncio.gather(run, return_exceptions=True)
 
-    @classmethod
-    async def aresume(
-        cls,
+    async def _aresume(  # type: ignore[misc]  # a function until the two class methods below are made of it
+        cls: type[Context],
         run_id: str,
         *,
         budget: Budget | None = None,
@@ -201,29 +199,8 @@ class Context:
     ask = blocking(aask)
     summarize = blocking(asummarize)
     stream = blocking_iterator(astream)
-
-    @classmethod
-    def resume(
-        cls,
-        run_id: str,
-        *,
-        budget: Budget | None = None,
-        paths: Paths | None = None,
-        offline: bool = False,
-        stop: Stop | None = None,
-        on_event: Listener | None = None,
-        progress: Progress | None = None,
-    ) -> Answer:
-        """`aresume` in a loop of its own."""
-        return blocking(cls.aresume)(
-            run_id,
-            budget=budget,
-            paths=paths,
-            offline=offline,
-            stop=stop,
-            on_event=on_event,
-            progress=progress,
-        )
+    aresume = classmethod(_aresume)
+    resume = classmethod(blocking(_aresume))
 
     def _scope(self, task: Task, budget: Budget, tag: str | None = None) -> Scope:
         documents = {document.id: document for document in self.corpus.documents}
@@ -307,25 +284,6 @@ class Context:
             cache.close()
             if runs:
                 runs.write(run_id, {**manifest, **status})
-
-
-def _corpus(
-    sources: Source | Sequence[Source], text: str | None, selection: Selection, stdin: BinaryIO | None
-) -> Corpus:
-    """What the caller gave: documents and text as they are, then files and directories, read in order."""
-    given = [sources] if isinstance(sources, str | Path | Document) else list(sources)
-    ready = [source for source in given if isinstance(source, Document)]
-    if text is not None:
-        ready.append(Document.of(text))
-    paths = [source for source in given if not isinstance(source, Document)]
-    if not paths and not ready:
-        raise InputError(
-            "there is nothing to read", code="empty", hint="name a file or directory, or pass text="
-        )
-    if any(not document.text.strip() for document in ready):
-        raise InputError("the given text is empty", code="empty")
-    read = open_documents(paths, selection=selection, stdin=stdin) if paths else Corpus((), (), ())
-    return replace(read, documents=(*ready, *read.documents))
 
 
 def _task(question: str | None, task: str, per: Part = "all") -> Task:

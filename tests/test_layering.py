@@ -21,6 +21,7 @@ RANKS = {
     "paths": 0,
     "blocking": 0,
     "privacy": 0,
+    "sources": 0,
     "models": 1,
     "testing": 1,
     "testing_endpoint": 1,

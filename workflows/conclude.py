@@ -38,16 +38,13 @@ def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> 
     """The Answer as JSON, every citation verified against the source text."""
     verifier = run.scope.keep("verifier", lambda: Verifier(list(run.scope.documents.values())))
     draft = run.cache.get(state["draft"]) if state.get("draft") else None
-    citations = _unique(
-        [
-            *_from_spans(run, verifier, state.get("spans", [])),
-            *_from_claims(verifier, draft or {}),
-        ]
-    )
+    chosen = _from_spans(run, verifier, state.get("spans", []))
+    claimed = _from_claims(verifier, draft or {})
+    citations = _unique([*chosen, *(citation for cited in claimed for citation in cited)])
     for citation in citations:
         run.trace.emit("verdict", source=citation.source, verdict=citation.verdict)
     supported = [c for c in citations if c.verdict == "supported"]
-    text, uncited = _text(run, draft, citations)
+    text, uncited = _text(run, draft, citations, claimed)
     failures = state.get("failures", {})
     for failure in failures.values():
         run.warn(f"failed_{failure['kind']}", failure["message"])
@@ -107,34 +104,42 @@ def _from_spans(run: RunContext, verifier: Verifier, spans: Sequence[Sequence[An
     return citations
 
 
-def _from_claims(verifier: Verifier, draft: dict[str, Any]) -> list[Citation]:
-    """Citations of quotes that a model copied."""
-    citations = []
-    for claim in [*draft.get("claims", []), *draft.get("points", [])]:
-        for quote in claim["quotes"]:
-            citations.append(verifier.verify(quote, claim=claim["text"]))
-    return citations
+def _claims(draft: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*draft.get("claims", []), *draft.get("points", [])]
+
+
+def _from_claims(verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
+    """Per claim, the citations of the quotes that a model copied for it."""
+    return [
+        [verifier.verify(quote, claim=claim["text"]) for quote in claim["quotes"]] for claim in _claims(draft)
+    ]
+
+
+def _place(citation: Citation) -> Span | tuple[str, str]:
+    """What makes two citations the same: the place, or the words that were not found."""
+    return citation.span or (citation.verdict, citation.quote)
 
 
 def _unique(citations: Sequence[Citation]) -> list[Citation]:
     """Each place once, the claims' order kept."""
-    seen: set[Any] = set()
-    kept = []
+    first: dict[Span | tuple[str, str], Citation] = {}
     for citation in citations:
-        key = citation.span or (citation.verdict, citation.quote)
-        if key not in seen:
-            seen.add(key)
-            kept.append(citation)
-    return kept
+        first.setdefault(_place(citation), citation)
+    return list(first.values())
 
 
-def _text(run: RunContext, draft: dict[str, Any] | None, citations: Sequence[Citation]) -> tuple[str, int]:
+def _text(
+    run: RunContext,
+    draft: dict[str, Any] | None,
+    citations: Sequence[Citation],
+    claimed: Sequence[Sequence[Citation]],
+) -> tuple[str, int]:
     """The text to show and how many of its statements no supported citation carries."""
     supported = [citation for citation in citations if citation.verdict == "supported"]
     if draft is None or draft.get("no_information"):
         return (_quoted(citations, supported[0]) if supported else NO_ANSWER), 0
     if "claims" in draft or "points" in draft:
-        return _claimed(draft, citations, supported)
+        return _claimed(draft, citations, claimed)
     return _verbatim_first(run, str(draft["text"]), citations, supported)
 
 
@@ -152,21 +157,22 @@ def _verbatim_first(
 
 
 def _claimed(
-    draft: dict[str, Any], citations: Sequence[Citation], supported: Sequence[Citation]
+    draft: dict[str, Any], citations: Sequence[Citation], claimed: Sequence[Sequence[Citation]]
 ) -> tuple[str, int]:
     """A model's text with the numbers of its supported citations; points become a list, part by part."""
     uncited = 0
     lines: list[str] = []
     part = ""
-    for claim in [*draft.get("claims", []), *draft.get("points", [])]:
-        places = [c for c in supported if c.claim == claim["text"]]
+    for claim, cited in zip(_claims(draft), claimed, strict=True):
+        places = [citation for citation in cited if citation.verdict == "supported"]
         uncited += not places
         if claim.get("part", "") != part:
             part = claim["part"]
             lines.append(f"\n{part}" if lines else part)
         lines.append(f"- {claim['text']}{_marks(citations, places)}")
     if draft.get("text"):
-        return str(draft["text"]) + _marks(citations, supported), uncited or int(not lines)
+        places = [citation for citation in citations if citation.verdict == "supported"]
+        return str(draft["text"]) + _marks(citations, places), uncited or int(not lines)
     return ("\n".join(lines) if lines else NO_ANSWER), uncited
 
 
@@ -176,7 +182,8 @@ def _quoted(citations: Sequence[Citation], citation: Citation) -> str:
 
 def _marks(citations: Sequence[Citation], places: Sequence[Citation]) -> str:
     """[1][3]: positions in the answer's list of citations."""
-    marks = "".join(f"[{citations.index(place) + 1}]" for place in places)
+    numbers = {_place(citation): number for number, citation in enumerate(citations, 1)}
+    marks = "".join(f"[{number}]" for number in dict.fromkeys(numbers[_place(place)] for place in places))
     return f" {marks}" if marks else ""
 
 

@@ -51,12 +51,12 @@ class Strategy(ABC):
         """Evidence that a cancelled run has found, best first, without a further call."""
         return state.get("spans", [])
 
-    def plan(self, scope: Scope, *, force: bool = False) -> Plan:
+    def plan(self, scope: Scope) -> Plan:
         """The ceiling of a run: that of one direct call if the input fits the reliable window."""
         if not scope.documents:
             raise ConfigError("there is nothing to read: no document was opened")
         _check_question(scope)
-        if not force and reads_directly(scope):
+        if reads_directly(scope):
             return direct_plan(scope)
         return self.body_plan(scope)
 
@@ -131,8 +131,7 @@ def _route(entry: str) -> Callable[[State], str]:
 
 async def _plan(run: RunContext, state: State) -> dict[str, Any]:
     run.trace.emit("plan.made", plan=asdict(run.plan))
-    direct = not run.force and reads_directly(run.scope)
-    return {"route": "direct" if direct else "body"}
+    return {"route": "direct" if reads_directly(run.scope) else "body"}
 
 
 async def _direct(run: RunContext, state: State) -> dict[str, Any]:

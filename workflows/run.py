@@ -71,7 +71,6 @@ class RunContext:
     stop: Stop = field(default_factory=Stop)
     backoff: float = 0.5  # seconds before the first retry, doubled for each further one
     grace: float = 10.0  # seconds that calls in flight get after a stop request
-    force: bool = False  # do not answer directly even if the input fits
     warnings: list[Notice] = field(default_factory=list)
     cached: int = 0
     scored: int = 0

@@ -61,7 +61,7 @@ async def attempt_call(
             reply = await _send(run, role, messages, attempt)
             actual = _used(reply, worst)
         except TimeoutError:
-            error = ModelError(f"no reply within {_timeout(run):.0f} s", code="timeout")
+            error = ModelError("no reply in the time that was left", code="timeout")
         except ModelError as caught:
             error = caught
             if caught.code in _UNREAD:

@@ -367,3 +367,11 @@ def test_a_refused_answer_leaves_what_was_read(strategy):
         assert answer.status == "partial"
         assert answer.coverage.read == answer.coverage.total
         assert answer.text == "The code of Zed is K77. [1]", "what the reads found is shown"
+
+
+def test_two_claims_may_share_one_quote():
+    quote = "The code of Zed is K77."
+    claims = [{"text": "Zed has a code", "quotes": [quote]}, {"text": "it is K77", "quotes": [quote]}]
+    chat = ScriptedChat(reply=lambda messages: {"text": "K77", "claims": claims})
+    answer = context(chat, text=quote).ask(QUESTION)
+    assert (answer.text, answer.uncited, len(answer.citations)) == ("K77 [1]", 0, 1)

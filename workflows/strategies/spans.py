@@ -61,8 +61,12 @@ class Spans(Strategy):
             )
         return scope.reader is not None and self.method != "lexical"
 
+    def longest(self, scope: Scope) -> int:
+        """Tokens of a passage, at most."""
+        return min(self.passage_tokens, max(LEAST, scope.profile.window // 2))
+
     def passages(self, scope: Scope) -> list[Chunk]:
-        return scope.chunks(min(self.passage_tokens, scope.profile.window // 2))
+        return scope.chunks(self.longest(scope))
 
     def _first_stage(self, scope: Scope) -> FirstStage:
         """The lexical index of the passages, shared by the plan and the run."""
@@ -73,14 +77,14 @@ class Spans(Strategy):
         """Tokens of passages that are read."""
         if self.keep:
             return self.keep
-        return scope.profile.window // 2 if scope.profile.writes else self.passage_tokens
+        return scope.profile.window // 2 if scope.profile.writes else self.longest(scope)
 
     def largest_prompt(self, scope: Scope) -> int:
         """Tokens that the prompt of the answer may have; passages that would pass it are left out."""
         one, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
         none, _ = answer_input(scope, [])
-        passages = -(-self.room(scope) // self.passage_tokens)
-        wanted = none + passages * (one - none) + self.room(scope) * 5 // 4 + self.passage_tokens // 4
+        passages = -(-self.room(scope) // self.longest(scope))
+        wanted = none + passages * (one - none) + (self.room(scope) + self.longest(scope)) * 5 // 4
         return min(scope.profile.context - output, wanted)
 
     def body_plan(self, scope: Scope) -> Plan:
@@ -98,16 +102,11 @@ class Spans(Strategy):
             )
             stages.append(cost.scoring("rank", tokens, profile))
         role = answer_role(scope)
-        empty, output = answer_input(scope, [Piece(max(scope.labels(), key=len), "")])
-        # Each kept passage stands between its own delimiters; their number is bounded by what fits.
-        most = max(1, self.room(scope) // LEAST + 1)
-        largest = min(
-            profile.context - output, empty * most + self.room(scope) * 5 // 4 + self.passage_tokens
-        )
+        largest, output = self.largest_prompt(scope), role.max_output
         stages.append(cost.stage("answer", role.name, [largest], output, profile))
         hold = stages[-1].cost
         if scope.reader and not profile.writes:
-            longest = sorted(texts, key=len)[-1 - self.room(scope) // self.passage_tokens :]
+            longest = sorted(texts, key=len)[-1 - self.room(scope) // self.longest(scope) :]
             looked = pick_cost(question, longest, reader=scope.reader)
             stages.append(cost.scoring("pick", looked, profile))
             hold += stages[-1].cost
@@ -131,7 +130,7 @@ class Spans(Strategy):
         return "rank"
 
     async def _rank(self, run: RunContext, state: State) -> dict[str, Any]:
-        """Order the passages; `order` holds the kept ones, best first, `scored` those the Reader saw."""
+        """Order the passages: `kept` are those to read, `scored` those the Reader saw."""
         scope = run.scope
         passages = self.passages(scope)
         texts = [scope.text(passage.span) for passage in passages]
