@@ -34,6 +34,7 @@ class Strategy(ABC):
     """A named way to answer. `graph()` is an ordinary, uncompiled LangGraph graph."""
 
     name: ClassVar[str]
+    depth: ClassVar[int] = 0  # levels of strategies inside this one
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -56,6 +57,11 @@ class Strategy(ABC):
         if not scope.documents:
             raise ConfigError("there is nothing to read: no document was opened")
         _check_question(scope)
+        if scope.budget.depth is not None and self.depth > scope.budget.depth:
+            raise ConfigError(
+                f"{self.name} runs another strategy inside, and the budget allows a depth of {scope.budget.depth}",
+                hint="name a strategy instead, or raise --max-depth",
+            )
         if reads_directly(scope):
             return direct_plan(scope)
         return self.body_plan(scope)

@@ -76,6 +76,7 @@ class Auto(Strategy):
     """The chosen strategy runs as a subgraph, under the plan that was announced for it."""
 
     name: ClassVar[str] = "auto"
+    depth: ClassVar[int] = 1
 
     def chosen(self, scope: Scope) -> Strategy:
         return CANDIDATES[decide(scope).choice]
