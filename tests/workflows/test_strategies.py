@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentctx.api import Context, Stop
-from agentctx.memory.errors import BudgetExceeded, ModelError
+from agentctx.memory.errors import BudgetExceeded, ConfigError, ModelError
 from agentctx.memory.types import Budget, Cost, Document
 from agentctx.paths import Paths
 from agentctx.testing import FaultyChat, ScriptedChat, ScriptedReader, finding, scripted_model
@@ -375,3 +375,10 @@ def test_two_claims_may_share_one_quote():
     chat = ScriptedChat(reply=lambda messages: {"text": "K77", "claims": claims})
     answer = context(chat, text=quote).ask(QUESTION)
     assert (answer.text, answer.uncited, len(answer.citations)) == ("K77 [1]", 0, 1)
+
+
+def test_a_depth_of_zero_refuses_strategies_that_nest():
+    ctx = context(ScriptedChat(reply=finding(NEEDLE)), text=haystack(300))
+    with pytest.raises(ConfigError, match="depth of 0"):
+        ctx.plan(QUESTION, strategy="auto", budget=Budget(depth=0))
+    assert ctx.plan(QUESTION, strategy="spans", budget=Budget(depth=0)).strategy == "spans"
