@@ -2,7 +2,7 @@
 # Nothing is installed outside .venv; the embedded model goes to the user's cache (`agentctx paths`).
 
 PYTHON ?= python3
-QUESTION ?= How much notice must a party give to end the lease early?
+QUESTION ?= What is the monthly rent?
 SOURCES ?= examples
 
 VENV := .venv

@@ -59,7 +59,7 @@ class Strategy(ABC):
         _check_question(scope)
         if scope.budget.depth is not None and self.depth > scope.budget.depth:
             raise ConfigError(
-                f"{self.name} runs another strategy inside; the budget allows a depth of {scope.budget.depth}",
+                f"{self.name} runs another strategy inside; the budget allows depth {scope.budget.depth}",
                 hint="name a strategy instead, or raise --max-depth",
             )
         if reads_directly(scope):

@@ -379,6 +379,6 @@ def test_two_claims_may_share_one_quote():
 
 def test_a_depth_of_zero_refuses_strategies_that_nest():
     ctx = context(ScriptedChat(reply=finding(NEEDLE)), text=haystack(300))
-    with pytest.raises(ConfigError, match="depth of 0"):
+    with pytest.raises(ConfigError, match="depth 0"):
         ctx.plan(QUESTION, strategy="auto", budget=Budget(depth=0))
     assert ctx.plan(QUESTION, strategy="spans", budget=Budget(depth=0)).strategy == "spans"
