@@ -29,6 +29,11 @@ def test_the_python_runs_and_finds_the_answer() -> None:
     assert "supported: lease.md" in done.stdout.replace("examples/", "") and "five months" in done.stdout
 
 
+def test_the_figures_are_those_of_the_results() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/table.py", "--check"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_every_file_that_is_named_exists() -> None:
     named = re.findall(r"`((?:agentctx|workflows|memory|kernels|benchmarks)/[\w./]+\.\w+)`", README)
     assert named

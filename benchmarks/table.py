@@ -1,0 +1,114 @@
+"""Write the README's table of figures from the JSON files under `benchmarks/results/`.
+
+python benchmarks/table.py           writes it
+python benchmarks/table.py --check   fails if the README says anything else
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- figures: benchmarks/table.py -->\n", "<!-- end of figures -->\n"
+COMMANDS = {
+    "finding": "python benchmarks/finding.py DATA",
+    "answering": "python benchmarks/answering.py DATA",
+    "startup": "python benchmarks/startup.py DOCUMENT",
+}
+SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
+
+
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def found(task: str, measure: str, method: str) -> str:
+    """One figure of the finding benchmark, over all questions of the task."""
+    rows = [
+        row
+        for row in load("finding")["results"]
+        if (row["task"], row["measure"], row["method"]) == (task, measure, method)
+    ]
+    row = max(rows, key=lambda row: row["questions"])
+    return interval(row["value"], *row["value_95"])
+
+
+def load(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def finding() -> list[str]:
+    tasks = {
+        "nq_20": "right passage first of 20, 600 NQ questions",
+        "nq_all": "right passage first of all 598",
+        "paraphrase_20": "right passage first of 20, 40 paraphrased questions",
+        "paraphrase_all": "right passage first of the whole collection, the same",
+    }
+    lines = ["| finding | `agentctx` | likelihood alone | BM25 |", "| --- | --- | --- | --- |"]
+    for task, label in tasks.items():
+        cells = [found(task, "R@1", method) for method in ("fused", "likelihood", "bm25")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def answering() -> list[str]:
+    result = load("answering")
+    ways = {"ask": "`ask`, text or shown quote", "ask_words_only": "the same without the model's ranking"}
+    ways |= {"ask_text": "`ask`, generated sentence alone", "bm25_top": "BM25's top passage, one call"}
+    ways |= {"stuffed": "all in one call", "closed_book": "no text"}
+    lines = [
+        f"| holds what was asked for | {' | '.join(ways.values())} |",
+        "| --- |" + " --- |" * len(ways),
+    ]
+    for name, data in result["sets"].items():
+        cells = [interval(*data["score"][way]) for way in ways]
+        lines.append(f"| {SETS[name]}, {data['n']} questions | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Quotes shown as supported: {result['citations_shown']}, verbatim in the source: "
+        f"{result['citation_precision']:.0%}. Runs within their plan: {result['runs_within_plan']} of "
+        f"{result['runs']}; the most of a plan's input tokens that a run used: "
+        f"{result['largest_share_of_plan']['input_tokens']:.0%}.",
+    ]
+    return lines
+
+
+def startup() -> list[str]:
+    result = load("startup")
+    ask = result["ask_100_pages"]
+    return [
+        "| seconds from the start of the process | median |",
+        "| --- | --- |",
+        f"| `agentctx --help` | {result['help']['median']:.2f} |",
+        f"| the embedded model ready, warm | {result['warm_load']['median']:.1f} |",
+        f"| of that, importing torch and transformers | {result['imports_of_warm_load']['median']:.1f} |",
+        f"| `agentctx ask` over 100 pages ({ask['tokens_of_the_document']:,} tokens), nothing cached | "
+        f"{ask['median']:.1f} |",
+        "",
+        f"Peak memory of that `ask`: {ask['peak_mib_so_far']:,} MiB.",
+    ]
+
+
+def table() -> str:
+    parts = []
+    for name, lines in (("finding", finding()), ("answering", answering()), ("startup", startup())):
+        parts.append("\n".join([*lines, "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
+    return START + "\n" + "\n".join(parts) + "\n" + END
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    written = before + table() + after
+    if "--check" in sys.argv:
+        sys.exit(written != text and "README.md is behind benchmarks/results; run python benchmarks/table.py")
+    README.write_text(written, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
