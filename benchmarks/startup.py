@@ -3,8 +3,8 @@
     python benchmarks/startup.py DOCUMENT --out benchmarks/results/startup.json
 
 Each is a process started several times; seconds are wall time, memory is the peak resident size. `warm_load`
-ends when the model can be asked; `imports_of_warm_load` is what torch and transformers take of it. The document is cut to 300,000 characters, about 100 pages, and
-asked without any cache.
+ends when the model can be asked; `imports_of_warm_load` is what torch and transformers take of it. The
+document is cut to 300,000 characters, about 100 pages, and asked without any cache.
 """
 
 from __future__ import annotations

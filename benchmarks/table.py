@@ -22,8 +22,8 @@ COMMANDS = {
 SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
 
 
-def interval(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+def interval(value: float, low: float, high: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def found(task: str, measure: str, method: str) -> str:
@@ -34,7 +34,7 @@ def found(task: str, measure: str, method: str) -> str:
         if (row["task"], row["measure"], row["method"]) == (task, measure, method)
     ]
     row = max(rows, key=lambda row: row["questions"])
-    return interval(row["value"], *row["value_95"])
+    return interval(row["value"], *row["value_95"], digits=3)
 
 
 def load(name: str) -> Any:
