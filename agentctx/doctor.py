@@ -39,7 +39,6 @@ PACKAGES = (
     "langchain-core",
     "pypdf",
     "bm25s",
-    "semantic-text-splitter",
 )
 
 
