@@ -169,7 +169,7 @@ def _claimed(
         if claim.get("part", "") != part:
             part = claim["part"]
             lines.append(f"\n{part}" if lines else part)
-        lines.append(f"- {claim['text']}{_marks(citations, places)}")
+        lines.append(f"- {' '.join(claim['text'].split())}{_marks(citations, places)}")
     if draft.get("text"):
         places = [citation for citation in citations if citation.verdict == "supported"]
         return str(draft["text"]) + _marks(citations, places), uncited or int(not lines)
