@@ -64,8 +64,8 @@ SMOLLM2 = Entry(
     unpacked=273_000_000,
     licence="Apache-2.0",
     context=8192,
-    # One passage and its question. With 300 tokens of passages that look alike in one call it was right .17
-    # less often than with the best of them alone, with 600 tokens .42 (benchmarks/reading.py, `lengths`).
+    # One passage and its question: at no length was reading several passages in one call better than reading
+    # the best of them, and from 1,000 tokens on it was worse (benchmarks/results/reading.json, `lengths`).
     reliable=300,
     tiers=frozenset({"reads"}),
 )
