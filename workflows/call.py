@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages import HumanMessage
 from pydantic import ValidationError
 
 from agentctx.memory.types import Failure
@@ -86,7 +86,7 @@ async def _attempts(
             if result.retryable and number <= MAX_RETRIES and run.take_retry():
                 continue
             return result
-        data, problem = parse(role, text_of_message(result))
+        data, problem = parse(role, str(result.text))
         if data is not None:
             run.cache.put(key, data)
             return Record(key, role.name, data)
@@ -99,11 +99,6 @@ async def _attempts(
             HumanMessage(f"{problem[:300]} Reply again with the JSON object only."),
         ]
         tokens = run.scope.prompt_tokens(messages)
-
-
-def text_of_message(message: BaseMessage) -> str:
-    """The text of a reply, whatever parts the endpoint sent it in."""
-    return str(message.text)
 
 
 def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:

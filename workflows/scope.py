@@ -16,7 +16,7 @@ from agentctx.memory.types import Budget, Chunk, Document, Span
 from agentctx.workflows.ports import Counter, Reader
 from agentctx.workflows.profile import ModelProfile
 from agentctx.workflows.roles import Role
-from agentctx.workflows.split import split
+from agentctx.workflows.split import split_many
 from agentctx.workflows.state import Task
 
 T = TypeVar("T")
@@ -79,5 +79,5 @@ class Scope:
         """All documents split into chunks of at most `limit` tokens, in order."""
         return self.keep(
             ("chunks", limit),
-            lambda: [c for d in self.documents.values() for c in split(d, limit, self.counter)],
+            lambda: split_many(list(self.documents.values()), limit, self.counter),
         )
