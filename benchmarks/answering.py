@@ -7,7 +7,7 @@ passages, drawn by seed), `hotpotqa` in the distractor setting, `ruler` at 4k to
 embedded model:
 
 - `ask`: `Context.ask` with strategy `auto`; correct if the text or a shown supported quote holds the gold.
-- `ask_words_only`: the same with `Spans(method="lexical")`: no passage is scored by the model.
+- `ask_words_only`: the same with the strategy `lexical`: no passage is scored by the model.
 - `ask_text`: of `ask`, the generated sentence alone.
 - `closed_book`: the question without any text.
 - `stuffed`: the whole text in one call.
@@ -41,7 +41,6 @@ from agentctx.memory.types import Answer, Document
 from agentctx.models.load import Model, open_model
 from agentctx.paths import Paths
 from agentctx.workflows.short_answer import MAX_TOKENS, clean_short_answer, short_answer_messages
-from agentctx.workflows.strategies.spans import Spans
 
 WAYS = ("ask", "ask_words_only", "ask_text", "closed_book", "stuffed", "bm25_top")
 BASELINES = ("closed_book", "stuffed", "bm25_top")
@@ -181,7 +180,7 @@ def measure(item: Item, model: Model) -> dict[str, Any]:
     whole = ask(item, model, "auto")
     row: dict[str, Any] = {"id": item.id, "set": item.set, "ask": whole}
     row["ask_text"] = {"score": whole["text_score"]}
-    row["ask_words_only"] = ask(item, model, Spans(method="lexical"))
+    row["ask_words_only"] = ask(item, model, "lexical")
     for way in BASELINES:
         row[way] = baseline(item, model, way)
     return row

@@ -24,7 +24,7 @@ from agentctx.workflows.conclude import Covered, conclude
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST
-from agentctx.workflows.state import Input, Output, State
+from agentctx.workflows.state import Input, Output, State, TaskKind
 
 Graph = StateGraph[State, RunContext, Input, Output]
 Step = Callable[[RunContext, State], Awaitable[dict[str, Any]]]
@@ -35,6 +35,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     depth: ClassVar[int] = 0  # levels of strategies inside this one
+    kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -56,6 +57,11 @@ class Strategy(ABC):
         """The ceiling of a run: that of one direct call if the input fits the reliable window."""
         if not scope.documents:
             raise ConfigError("there is nothing to read: no document was opened")
+        if scope.task.kind not in self.kinds:
+            raise ConfigError(
+                f"{self.name} answers questions and cannot summarise",
+                hint="use --strategy recursive, or auto",
+            )
         _check_question(scope)
         if scope.budget.depth is not None and self.depth > scope.budget.depth:
             raise ConfigError(

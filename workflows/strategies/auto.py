@@ -4,8 +4,8 @@
 2. A summary: `recursive`, because full coverage is the point.
 3. A question, and the model can score text without generating: `spans`.
 4. A question otherwise: `recursive` search, which reads everything.
-A choice the budget cannot pay is dropped; if none is left, `spans` by words alone gives the best coverage per
-token, and the run is announced as partial coverage.
+A choice the budget cannot pay is dropped; `lexical` is left then, the best coverage per token, and the run is
+announced as partial coverage.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from agentctx.workflows.run import RunContext, fits
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Input, Output, State
 from agentctx.workflows.strategies.direct import Direct
+from agentctx.workflows.strategies.lexical import Lexical
 from agentctx.workflows.strategies.recursive import Recursive
 from agentctx.workflows.strategies.spans import Spans
 
@@ -31,7 +32,7 @@ CANDIDATES: dict[str, Strategy] = {
     "direct": Direct(),
     "spans": Spans(),
     "recursive": Recursive(),
-    "spans_by_words": Spans(method="lexical"),
+    "lexical": Lexical(),
 }
 
 
@@ -59,7 +60,7 @@ def _decide(scope: Scope) -> Decision:
     else:
         first, reason = "recursive", "without a local reader, every part is read by a call"
     plan = CANDIDATES[first].plan(scope)
-    second = "spans_by_words"
+    second = "lexical"
     alternatives = (f"{second}: at most {_calls(CANDIDATES[second].plan(scope))}",)
     if fits(scope.budget, without_retries(plan)):
         return Decision(first, reason, alternatives)

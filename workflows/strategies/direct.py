@@ -15,7 +15,7 @@ from agentctx.workflows.conclude import Covered
 from agentctx.workflows.frame import Graph, Strategy, add_node, whole_covered
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
-from agentctx.workflows.state import State
+from agentctx.workflows.state import State, TaskKind
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Direct(Strategy):
     """Named explicitly, it also reads beyond the reliable window, but never beyond the context limit."""
 
     name: ClassVar[str] = "direct"
+    kinds: ClassVar[tuple[TaskKind, ...]] = ("search",)
 
     def body_plan(self, scope: Scope) -> Plan:
         tokens, output = answer_input(scope, whole_pieces(scope))

@@ -26,7 +26,7 @@ from agentctx.workflows.rank import CANDIDATES, FirstStage, rank, rank_cost
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST
-from agentctx.workflows.state import State
+from agentctx.workflows.state import State, TaskKind
 
 Method = Literal["auto", "likelihood", "lexical"]
 
@@ -39,6 +39,7 @@ class Spans(Strategy):
     """
 
     name: ClassVar[str] = "spans"
+    kinds: ClassVar[tuple[TaskKind, ...]] = ("search",)
     method: Method = "auto"
     keep: int | None = None
     candidates: int = CANDIDATES
@@ -57,7 +58,7 @@ class Spans(Strategy):
         if self.method == "likelihood" and scope.reader is None:
             raise ConfigError(
                 f"{scope.profile.name} cannot score text without generating",
-                hint="use --strategy recursive, or method=lexical",
+                hint="use --strategy recursive, or lexical",
             )
         return scope.reader is not None and self.method != "lexical"
 
