@@ -1,6 +1,6 @@
 """Rank passages by their words alone, read the best: the baseline, and what the smallest budget pays for.
 
-Cost: one call; nothing is scored by the model. BM25: Robertson and Zaragoza, 2009,
+Cost: one call; no passage is scored by the model. BM25: Robertson and Zaragoza, 2009,
 https://doi.org/10.1561/1500000019.
 """
 
