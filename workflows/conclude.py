@@ -153,7 +153,8 @@ def _verbatim_first(
     question = run.scope.task.question
     parts = [supported_part(text, citation.quote, question) for citation in supported]
     worded = max(parts, key=len)
-    return (f"{shown[0]}\n\n{worded}" if worded else shown[0]), 0
+    # The words of it stand in the quote; that they belong together like this, no code has checked.
+    return (f"{shown[0]}\n\nIn the model's words: {worded}" if worded else shown[0]), 0
 
 
 def _claimed(

@@ -61,7 +61,6 @@ class Ledger:
         )
         self.spent = Cost()
         self.reserved = Cost()
-        self.refused = False  # a reservation was refused at least once
         self._parent = parent
         self._journal = journal
         self._open: dict[int, Reservation] = {}
@@ -124,7 +123,6 @@ class Ledger:
         while node is not None:
             room = node.left if finishing else node.left - node.hold
             if not cost.within(room):
-                node.refused = True
                 return False
             node = node._parent
         return True

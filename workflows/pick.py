@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,23 +72,17 @@ async def pick(
     reader: Reader | None,
     answer: str = "",
     limit: int = 2,
-    max_tokens: int | None = None,
 ) -> Picked:
     """The best `limit` sentences of all passages; chosen neighbours become one pick.
 
-    `answer` is a short answer given from these passages, or "". At most `max_tokens` Reader tokens are
-    spent: the candidates whose words and length promise least are not scored then, and are not picked.
-    If none can be scored, or without a reader, words and length decide among all.
+    `answer` is a short answer given from these passages, or "". Without a reader, words and length decide.
     """
     candidates, scores = await asyncio.to_thread(_prepare, question, passages)
     computed = reused = 0
-    if reader is not None:
-        seen = _affordable(question, candidates, scores, reader, max_tokens)
-        if seen:
-            candidates = [candidates[position] for position in seen]
-            found = await reader.likelihood(question, [candidate.read for candidate in candidates])
-            scores = [scores[position] + value for position, value in zip(seen, found.values, strict=True)]
-            computed, reused = found.computed_tokens, found.reused_tokens
+    if reader is not None and candidates:
+        found = await reader.likelihood(question, [candidate.read for candidate in candidates])
+        scores = [score + value for score, value in zip(scores, found.values, strict=True)]
+        computed, reused = found.computed_tokens, found.reused_tokens
     scores = [
         score + ANSWER_WEIGHT * supported_share(answer, candidate.text, question)
         for candidate, score in zip(candidates, scores, strict=True)
@@ -158,24 +151,6 @@ def _heads(passage: str, line: tuple[int, int], following: tuple[int, int]) -> b
         and (not before or before.endswith("\n\n"))
         and "\n" in after
     )
-
-
-def _affordable(
-    question: str,
-    candidates: Sequence[_Candidate],
-    promise: Sequence[float],
-    reader: Reader,
-    max_tokens: int | None,
-) -> list[int]:
-    """Positions of the candidates to score, in order: all, or the most promising that the tokens allow."""
-    if max_tokens is None:
-        return list(range(len(candidates)))
-    order = sorted(range(len(candidates)), key=lambda position: -promise[position])
-
-    def cost(number: int) -> int:
-        return reader.likelihood_cost(question, [candidates[position].read for position in order[:number]])
-
-    return sorted(order[: bisect_right(range(1, len(order) + 1), max_tokens, key=cost)])
 
 
 def _joined(chosen: Sequence[tuple[_Candidate, float]]) -> list[Pick]:

@@ -389,3 +389,13 @@ def test_a_depth_of_zero_refuses_strategies_that_nest():
 def test_what_only_answers_questions_refuses_a_summary(strategy):
     with pytest.raises(ConfigError, match="cannot summarise"):
         context(ScriptedChat(reply=finding(NEEDLE)), text=haystack(300)).summarize(strategy=strategy)
+
+
+def test_a_small_models_wording_follows_the_quote_and_is_marked_as_its_own():
+    text = "The code of Zed is K77. It was set in May."
+    answer = context(ScriptedChat(reply=lambda messages: "K77"), text=text, tiers=READS).ask(QUESTION)
+    quote, _, worded = answer.text.partition("\n\n")
+    assert "The code of Zed is K77." in quote
+    assert worded == "In the model's words: K77"
+    invented = context(ScriptedChat(reply=lambda messages: "K99"), text=text, tiers=READS).ask(QUESTION)
+    assert "K99" not in invented.text
