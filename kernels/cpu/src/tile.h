@@ -1,0 +1,172 @@
+// One page of one head as a packed tile: K as [D][64] or [D/2][64][2], V as [64][D] or [32][D][2]. Packed pages are
+// used where they lie; other formats are packed or widened into the caller's scratch.
+#pragma once
+
+#include "ops.h"
+
+namespace agentctx {
+
+constexpr int TILE = 64;  // tokens of a page
+
+enum class Format { paged, packed, int8, int4 };
+
+inline Format format_of(std::string_view name) {
+  if (name == "paged") return Format::paged;
+  if (name == "packed") return Format::packed;
+  if (name == "int8") return Format::int8;
+  TORCH_CHECK(name == "int4", "unknown format");
+  return Format::int4;
+}
+
+// A pool as the operators see it; strides in elements, of pages and of heads.
+struct Pool {
+  const char *k, *v;
+  int64_t k_page, k_head, v_page, v_head;
+  const bf16 *k_scale = nullptr, *v_scale = nullptr;
+  int64_t ks_page = 0, ks_head = 0, vs_page = 0, vs_head = 0;
+  const int32_t* valid = nullptr;
+  int64_t n_pages, n_heads, size;
+  int64_t k_bytes;  // of an element
+  Format format;
+
+  Pool(const at::Tensor& k_, const at::Tensor& v_, const std::optional<at::Tensor>& ks,
+       const std::optional<at::Tensor>& vs, const std::optional<at::Tensor>& page_valid, std::string_view name,
+       int64_t head_dim)
+      : k((const char*)k_.const_data_ptr()),
+        v((const char*)v_.const_data_ptr()),
+        k_page(k_.stride(0)), k_head(k_.stride(1)), v_page(v_.stride(0)), v_head(v_.stride(1)),
+        n_pages(k_.size(0)), n_heads(k_.size(1)), size(head_dim), k_bytes(k_.element_size()),
+        format(format_of(name)) {
+    if (ks) {
+      k_scale = (const bf16*)ks->const_data_ptr();
+      v_scale = (const bf16*)vs->const_data_ptr();
+      ks_page = ks->stride(0), ks_head = ks->stride(1);
+      vs_page = vs->stride(0), vs_head = vs->stride(1);
+      TORCH_CHECK_VALUE(ks->stride(2) == 1 && vs->stride(2) == 1, "kv scales: the last dimension must be contiguous");
+    }
+    if (page_valid) valid = page_valid->const_data_ptr<int32_t>();
+  }
+
+  const char* k_at(int64_t page, int64_t head) const { return k + (page * k_page + head * k_head) * k_bytes; }
+  const char* v_at(int64_t page, int64_t head) const { return v + (page * v_page + head * v_head) * k_bytes; }
+  const bf16* k_scale_at(int64_t page, int64_t head) const { return k_scale + page * ks_page + head * ks_head; }
+  const bf16* v_scale_at(int64_t page, int64_t head) const { return v_scale + page * vs_page + head * vs_head; }
+};
+
+// rows x cols 32-bit words, row stride `ld`, to [cols][TILE].
+inline void transpose_words(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += 8)
+    for (int64_t r = 0; r < TILE; ++r)
+      for (int64_t i = 0; i < std::min<int64_t>(8, cols - c); ++i) dst[(c + i) * TILE + r] = src[r * ld + c + i];
+}
+
+// Row-major K [64][D] of a dtype to the packed tile of the same dtype.
+inline void pack_k(const float* src, int64_t size, float* dst) {
+  transpose_words((const uint32_t*)src, size, (uint32_t*)dst, size);
+}
+inline void pack_k(const bf16* src, int64_t size, bf16* dst) {
+  transpose_words((const uint32_t*)src, size / 2, (uint32_t*)dst, size / 2);
+}
+inline void pack_v(const float* src, int64_t size, float* dst) {
+  std::memcpy(dst, src, sizeof(float) * TILE * size);
+}
+inline void pack_v(const bf16* src, int64_t size, bf16* dst) {
+  for (int64_t t = 0; t < TILE; t += 2)
+    for (int64_t d = 0; d < size; ++d) {
+      dst[(t * size) + 2 * d] = src[t * size + d];
+      dst[(t * size) + 2 * d + 1] = src[(t + 1) * size + d];
+    }
+}
+
+// Where element (token t, channel d) of a tile lies.
+template <class T>
+inline int64_t k_index(int64_t t, int64_t d) {
+  if constexpr (sizeof(T) == 4) return d * TILE + t;
+  return (d / 2) * 2 * TILE + 2 * t + (d & 1);
+}
+template <class T>
+inline int64_t v_index(int64_t t, int64_t d, int64_t size) {
+  if constexpr (sizeof(T) == 4) return t * size + d;
+  return (t / 2) * 2 * size + 2 * d + (t & 1);
+}
+
+// Codes of channel i and i + D/2 share a byte: low and high nibble, two's complement.
+inline int low_nibble(uint8_t x) { return int8_t(x << 4) >> 4; }
+inline int high_nibble(uint8_t x) { return int8_t(x) >> 4; }
+
+// The K tile of (page, head) in T, in place or in `scratch` (64 D elements).
+template <class T>
+inline const T* k_tile(const Pool& pool, int64_t page, int64_t head, T* scratch) {
+  const char* at = pool.k_at(page, head);
+  const int64_t size = pool.size;
+  if (pool.format == Format::packed) return (const T*)at;
+  if (pool.format == Format::paged) {
+    pack_k((const T*)at, size, scratch);
+    return scratch;
+  }
+  const bf16* scale = pool.k_scale_at(page, head);
+  if (pool.format == Format::int8) {
+    const int8_t* codes = (const int8_t*)at;
+    for (int64_t d = 0; d < size; ++d) {
+      const float s = widen(scale[d]);
+      for (int64_t t = 0; t < TILE; ++t) scratch[k_index<T>(t, d)] = from_float<T>(codes[t * size + d] * s);
+    }
+  } else {
+    const uint8_t* codes = (const uint8_t*)at;
+    const int64_t half = size / 2;
+    for (int64_t d = 0; d < half; ++d) {
+      const float low = widen(scale[d]), high = widen(scale[d + half]);
+      for (int64_t t = 0; t < TILE; ++t) {
+        const uint8_t x = codes[t * half + d];
+        scratch[k_index<T>(t, d)] = from_float<T>(low_nibble(x) * low);
+        scratch[k_index<T>(t, d + half)] = from_float<T>(high_nibble(x) * high);
+      }
+    }
+  }
+  return scratch;
+}
+
+// The V tile of (page, head) in T, in place or in `scratch`.
+template <class T>
+inline const T* v_tile(const Pool& pool, int64_t page, int64_t head, T* scratch) {
+  const char* at = pool.v_at(page, head);
+  const int64_t size = pool.size;
+  if (pool.format == Format::packed) return (const T*)at;
+  if (pool.format == Format::paged) {
+    if constexpr (sizeof(T) == 4) return (const T*)at;
+    pack_v((const T*)at, size, scratch);
+    return scratch;
+  }
+  const bf16* scale = pool.v_scale_at(page, head);
+  if (pool.format == Format::int8) {
+    const int8_t* codes = (const int8_t*)at;
+    for (int64_t d = 0; d < size; ++d) {
+      const float s = widen(scale[d]);
+      for (int64_t t = 0; t < TILE; ++t) scratch[v_index<T>(t, d, size)] = from_float<T>(codes[d * TILE + t] * s);
+    }
+  } else {
+    const uint8_t* codes = (const uint8_t*)at;
+    const int64_t half = size / 2;
+    for (int64_t d = 0; d < half; ++d) {
+      const float low = widen(scale[d]), high = widen(scale[d + half]);
+      for (int64_t t = 0; t < TILE; ++t) {
+        const uint8_t x = codes[d * TILE + t];
+        scratch[v_index<T>(t, d, size)] = from_float<T>(low_nibble(x) * low);
+        scratch[v_index<T>(t, d + half, size)] = from_float<T>(high_nibble(x) * high);
+      }
+    }
+  }
+  return scratch;
+}
+
+// A page id of a list or table, refused when the pool has no such page: a wrong one must not crash.
+inline int64_t checked_page(const Pool& pool, int64_t page, const char* name) {
+  TORCH_CHECK_INDEX(page >= 0 && page < pool.n_pages, name, " names page ", page, ": the pool has ", pool.n_pages,
+                    " pages");
+  return page;
+}
+
+// A pool in an operator's schema: k, v, scales, validity, format, head size.
+#define AGENTCTX_POOL "Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? page_valid, str format, int size"
+
+}  // namespace agentctx
