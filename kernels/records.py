@@ -153,7 +153,7 @@ class KVPages:
 
     @classmethod
     def over(cls, k: Tensor, v: Tensor, *, page_tokens: int = 64) -> KVPages:
-        """View contiguous `[Hkv, N, D]` as pages by strides, without a copy; N a multiple of `page_tokens`."""
+        """View contiguous `[Hkv, N, D]` as pages by strides, uncopied; N a multiple of `page_tokens`."""
         if k.dim() != 3 or k.shape != v.shape:
             raise ValueError(f"k {list(k.shape)} and v {list(v.shape)}: both must be [Hkv, N, D]")
         heads, tokens, size = k.shape

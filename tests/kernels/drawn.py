@@ -77,7 +77,7 @@ def make(
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    """Build a case. int8 and int4 pools hold the quantised keys; the case's k and v are then the originals."""
+    """Build a case. int8 and int4 pools hold quantised keys; the case's k and v are the originals."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

@@ -1,0 +1,52 @@
+"""Quantisation in plain tensor operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agentctx.kernels.records import KVPages
+
+LARGEST = {8: 127, 4: 7}
+
+
+def _codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """int8 codes `[P, H, page, D]` and scales `[P, H, D]`, of values in the order (page, D)."""
+    x = x.float()
+    scale = (x.abs().amax(2) / LARGEST[bits]).to(torch.bfloat16)
+    step = scale.float().unsqueeze(2)
+    codes = torch.where(step > 0, x / step, 0.0).round().clamp(-LARGEST[bits], LARGEST[bits])
+    return codes.to(torch.int8), scale
+
+
+def _pair(codes: Tensor) -> Tensor:
+    """Channels i and i + D/2 of the last dimension in one byte."""
+    low, high = codes.chunk(2, -1)
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
+def quantize_pages(k: Tensor, v: Tensor, bits: int) -> KVPages:
+    page, size = k.shape[2:]
+    k_codes, k_scale = _codes(k, bits)
+    v_codes, v_scale = _codes(v, bits)
+    if bits == 4:
+        k_codes, v_codes = _pair(k_codes), _pair(v_codes)
+    v_codes = v_codes.transpose(2, 3).contiguous()
+    return KVPages(k_codes, v_codes, page, size, f"int{bits}", k_scale, v_scale)
+
+
+def dequantize_pages(kv: KVPages, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    at = pages.long()
+    assert kv.k_scale is not None and kv.v_scale is not None
+    k, v = kv.k[at], kv.v[at].transpose(2, 3)
+    if kv.format == "int4":
+        k, v = _split(k), _split(v)
+    k = k.float() * kv.k_scale[at].float().unsqueeze(2)
+    v = v.float() * kv.v_scale[at].float().unsqueeze(2)
+    return k.to(dtype), v.to(dtype)
+
+
+def _split(codes: Tensor) -> Tensor:
+    """int8 channels from pairs."""
+    signed = codes.view(torch.int8)
+    return torch.cat([(signed << 4) >> 4, signed >> 4], -1)
