@@ -2,9 +2,9 @@
 
     m = max lse_i,   w_i = exp(lse_i - m),   out = sum w_i out_i / sum w_i,   lse = m + ln sum w_i
 
-The step that unites the splits of FlashDecoding (Dao, Haziza, Massa, Sizov, 2023), exact but for rounding. It
-reads and writes `(n + 1) B Hq T D` elements and computes `2 n` FLOP for each; only partial results move, never
-keys. Limits: none.
+The step that unites the splits of FlashDecoding (Dao, Haziza, Massa, Sizov, 2023), exact but for rounding.
+It reads and writes `(n + 1) B Hq T D` elements and computes `2 n` FLOP for each; only partial results move,
+never keys. Limits: none.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     out = softmax(scale q K^T + log_weight) V,   lse = ln sum exp(scale q K^T + log_weight)
 
-`token_decode` gathers its keys one by one from the pages: `2 Hkv S D bytes(K)` in pieces of a row, which is
-several times dearer for each byte than whole pages, and `4 Hq T S D` FLOP. `pseudo_attention` reads keys that
-lie together; with the mean key of a cluster, its mean value and the log of its size it is the estimate of
-clustered attention (Vyas, Katharopoulos, Fleuret, 2020). Both give parts for `merge_lse`. Limits: none in torch;
-the C++ implementation says in `Uncovered` what it leaves to it.
+`token_decode` gathers its keys one by one from the pages: `2 Hkv S D bytes(K)` in pieces of a row, and
+`4 Hq T S D` FLOP. `pseudo_attention` reads keys that lie together; with the mean key of a cluster, its mean
+value and the log of its size it is the estimate of clustered attention (Vyas, Katharopoulos, Fleuret, 2020).
+Both give parts for `merge_lse`. Limits: none in torch; the C++ implementation says in `Uncovered` what it
+leaves to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Decode attention in torch: the listed pages are gathered, the query heads of a list are rows of one product.
+"""Decode attention in torch: listed pages are gathered, the query heads of a list are rows of one product.
 
-Long lists go in pieces whose gathered keys stay near the caches, united by their lse. Masks cover gathered
-pages only, and only the pieces that need one.
+Long lists go in pieces whose gathered keys stay near the caches, united by their lse. Masks cover a piece.
 """
 
 from __future__ import annotations
@@ -55,12 +54,13 @@ def sparse_decode(
     batch, heads, rows, size = q.shape
     lists, slots = selection.pages.shape[1:]
     counts = selection.counts
-    if q.device.type == "cpu" and slots:  # a GPU would have to be waited for
+    if slots and not q.is_cuda:  # a GPU would have to be waited for
         slots = min(slots, max(0, int(counts.max())))
     if slots == 0:
         none = torch.full((batch, heads, rows), -torch.inf, device=q.device)
         return Attention(torch.zeros(q.shape, dtype=out_dtype, device=q.device), none)
-    packed = q.float().reshape(batch, lists, heads // lists * rows, size)
+    dtype = torch.float32 if kv.quantised else q.dtype
+    packed = q.to(dtype).reshape(batch, lists, heads // lists * rows, size)
     step = max(1, PIECE // (batch * lists * kv.page_tokens * size))
     parts = []
     for at in range(0, slots, step):
@@ -68,11 +68,13 @@ def sparse_decode(
         live = torch.arange(here.start, here.stop, device=q.device) < counts[..., None]
         pages = torch.where(live, selection.pages[..., here], 0)
         blocks = torch.where(live, selection.blocks[..., here], 0)
-        k, v, bias = _piece(kv, pages, blocks, live, rows, context_lens, first_pos, sink_tokens, tail)
-        if bias is not None and rows > 1:
+        k, v, bias = _piece(kv, pages, blocks, live, rows, dtype, context_lens, first_pos, sink_tokens, tail)
+        if rows > 1:
             bias = bias.repeat(1, 1, heads // lists, 1)
         out, lse = attend(packed, k, v, bias, scale, softcap)
         parts.append(Attention(out.view(q.shape), lse.view(batch, heads, rows)))
+    if len(parts) == 1:
+        return Attention(parts[0].out.to(out_dtype), parts[0].lse)
     return merge_lse(parts, out_dtype)
 
 
@@ -82,13 +84,13 @@ def _piece(
     blocks: Tensor,
     live: Tensor,
     rows: int,
+    dtype: torch.dtype,
     context_lens: Tensor,
     first_pos: Tensor | None,
     sink_tokens: int,
     tail: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """K and V `[B, L, N, D]` of the listed slots `[B, L, S]`, and what hides some of them, `[B, L, T, N]`."""
-    on_cpu = pages.device.type == "cpu"
     batch, lists, slots = pages.shape
     page = kv.page_tokens
     head = torch.arange(lists, device=pages.device) * kv.n_kv_heads // lists
@@ -96,12 +98,12 @@ def _piece(
     if open_page is not None:
         pages = torch.where(open_page, 0, pages)
     of_slot = head[:, None].expand(batch, lists, slots)
-    k, v = gather_pages(kv, pages.reshape(-1).long(), of_slot.reshape(-1))
+    k, v = gather_pages(kv, pages.reshape(-1).long(), of_slot.reshape(-1), dtype)
     k, v = k.view(batch, lists, slots, page, -1), v.view(batch, lists, slots, page, -1)
-    if tail is not None and open_page is not None and (not on_cpu or bool(open_page.any())):
+    if tail is not None and open_page is not None and (pages.is_cuda or bool(open_page.any())):
         here = open_page[..., None, None]
-        k = torch.where(here, tail[0][:, head].float().unsqueeze(2), k)
-        v = torch.where(here, tail[1][:, head].float().unsqueeze(2), v)
+        k = torch.where(here, tail[0][:, head].unsqueeze(2), k)
+        v = torch.where(here, tail[1][:, head].unsqueeze(2), v)
 
     slot = torch.arange(page, device=pages.device)
     position = (blocks[..., None] * page + slot).unsqueeze(2)  # [B, L, 1, S, page]
@@ -116,7 +118,5 @@ def _piece(
         valid = valid[:, :, None, :, None]
         seen = torch.where(valid >= 0, slot < valid, seen)
     seen &= live[:, :, None, :, None]
-    bias = None
-    if not on_cpu or not bool(seen.all()):
-        bias = torch.zeros(seen.shape, device=pages.device).masked_fill_(~seen, -torch.inf).flatten(3)
+    bias = torch.where(seen, 0.0, -torch.inf).flatten(3)
     return k.flatten(2, 3), v.flatten(2, 3), bias

@@ -12,12 +12,12 @@ from agentctx.kernels.fallback.store import unpack_pages
 from agentctx.kernels.records import KVPages
 
 
-def gather_pages(kv: KVPages, pages: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V, float32 `[n, page_tokens, D]`, of page `pages[i]` and KV head `heads[i]`; both int64 `[n]`.
+def gather_pages(kv: KVPages, pages: Tensor, heads: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V `[n, page_tokens, D]` in `dtype`, of page `pages[i]` and KV head `heads[i]`; both int64 `[n]`.
 
     On the CPU a page that the pool does not have raises IndexError; a GPU asserts by itself.
     """
-    if pages.device.type == "cpu" and pages.numel():
+    if pages.numel() and not pages.is_cuda:
         low, high = torch.aminmax(pages)
         if low < 0 or high >= kv.n_pages:
             wrong = int(low if low < 0 else high)
@@ -26,16 +26,17 @@ def gather_pages(kv: KVPages, pages: Tensor, heads: Tensor) -> tuple[Tensor, Ten
     if kv.k_scale is not None and kv.v_scale is not None:
         scales = kv.k_scale[pages, heads].unsqueeze(1), kv.v_scale[pages, heads].unsqueeze(1)
         taken = replace(kv, k=k, v=v, k_scale=scales[0], v_scale=scales[1])
-        k, v = dequantize_pages(taken, torch.arange(len(pages), device=pages.device), torch.float32)
+        k, v = dequantize_pages(taken, torch.arange(len(pages), device=pages.device), dtype)
     elif kv.format == "packed":
         taken = unpack_pages(replace(kv, k=k, v=v))
         k, v = taken.k, taken.v
-    return k.squeeze(1).float(), v.squeeze(1).float()
+    return k.squeeze(1).to(dtype), v.squeeze(1).to(dtype)
 
 
 def _rows(x: Tensor, pages: Tensor, heads: Tensor) -> Tensor:
-    """`x[pages, heads]` of `[P, Hkv, ...]` as `[n, 1, ...]`, by index_select where the strides allow it: it is
-    faster than advanced indexing.
+    """`x[pages, heads]` of `[P, Hkv, ...]` as `[n, 1, ...]`.
+
+    By index_select where the strides allow it: it is faster than advanced indexing.
     """
     shape = x.shape[2:]
     width = shape.numel()

@@ -10,8 +10,6 @@ from agentctx.kernels.records import Attention
 
 
 def merge_lse(parts: Sequence[Attention], out_dtype: torch.dtype) -> Attention:
-    if len(parts) == 1:
-        return _without_keys(parts[0], out_dtype)
     lses = torch.stack([part.lse for part in parts])
     top = lses.amax(0)
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -24,8 +22,3 @@ def merge_lse(parts: Sequence[Attention], out_dtype: torch.dtype) -> Attention:
         empty = (part.lse == -torch.inf)[..., None]
         out += torch.where(empty, 0.0, share[..., None] * part.out.float())
     return Attention(out.to(out_dtype), lse)
-
-
-def _without_keys(part: Attention, out_dtype: torch.dtype) -> Attention:
-    empty = (part.lse == -torch.inf)[..., None]
-    return Attention(torch.where(empty, 0.0, part.out).to(out_dtype), part.lse)

@@ -23,13 +23,13 @@ def token_decode(
     live = torch.arange(slots, device=q.device) < counts[..., None]
     token = torch.where(live, tokens, 0).long()
     limit = kv.n_pages * kv.page_tokens
-    if q.device.type == "cpu" and bool((bad := live & ((token < 0) | (token >= limit))).any()):
+    if not q.is_cuda and bool((bad := live & ((token < 0) | (token >= limit))).any()):
         raise IndexError(f"tokens names token {int(token[bad][0])}: the pool has {limit} tokens")
     if limit == 0:
         live, token = live[..., :0], token[..., :0]
     head = torch.arange(kv.n_kv_heads, device=q.device)[:, None].expand(token.shape)
-    k, v = _taken(kv, token // kv.page_tokens, head, token % kv.page_tokens)
-    bias = torch.zeros(live.shape, device=q.device).masked_fill_(~live, -torch.inf)
+    k, v = (x.to(q.dtype) for x in _taken(kv, token // kv.page_tokens, head, token % kv.page_tokens))
+    bias = torch.where(live, 0.0, -torch.inf)
     return pseudo_attention(q, k, v, bias, scale, softcap, out_dtype)
 
 
@@ -40,24 +40,21 @@ def pseudo_attention(
     if k.shape[2] == 0:
         none = torch.full((batch, heads, rows), -torch.inf, device=q.device)
         return Attention(torch.zeros(q.shape, dtype=out_dtype, device=q.device), none)
-    packed = q.float().reshape(batch, k.shape[1], -1, size)
-    out, lse = attend(packed, k.float(), v.float(), log_weight.unsqueeze(2), scale, softcap)
+    packed = q.reshape(batch, k.shape[1], -1, size)
+    out, lse = attend(packed, k, v, log_weight.unsqueeze(2), scale, softcap)
     return Attention(out.view(q.shape).to(out_dtype), lse.view(batch, heads, rows))
 
 
 def _taken(kv: KVPages, page: Tensor, head: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
     """K and V `[..., D]` of tokens, given by indices of one shape."""
     tokens, size = kv.page_tokens, kv.head_dim
+    lead = kv.k.shape[:2]
     if kv.format == "packed" and kv.k.dtype == torch.float32:
-        return (
-            kv.k.unflatten(2, (size, tokens))[page, head, :, slot],
-            kv.v.unflatten(2, (tokens, size))[page, head, slot],
-        )
+        k, v = kv.k.view(*lead, size, tokens), kv.v.view(*lead, tokens, size)
+        return k[page, head, :, slot], v[page, head, slot]
     if kv.format == "packed":
-        return (
-            kv.k.unflatten(2, (size // 2, tokens, 2))[page, head, :, slot].flatten(-2),
-            kv.v.unflatten(2, (tokens // 2, size, 2))[page, head, slot // 2, :, slot % 2],
-        )
+        k, v = kv.k.view(*lead, size // 2, tokens, 2), kv.v.view(*lead, tokens // 2, size, 2)
+        return k[page, head, :, slot].flatten(-2), v[page, head, slot // 2, :, slot % 2]
     if kv.k_scale is None or kv.v_scale is None:
         return kv.k[page, head, slot], kv.v[page, head, slot]
     k, v = kv.k[page, head, slot], kv.v[page, head, :, slot]

@@ -15,7 +15,7 @@ def attend(
     softcap: float = 0.0,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows q `[T, D]` over keys k, v `[N, D]`, all float64; `visible [T, N]`; `bias [N]` is added to the scores.
+    """Rows q `[T, D]` over keys k, v `[N, D]`, all float64; `visible [T, N]`; `bias [N]` is added.
 
     Returns out `[T, D]` and lse `[T]`; a row that sees no key has out 0 and lse -inf.
     """

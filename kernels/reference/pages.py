@@ -1,4 +1,4 @@
-"""The keys and values that a page holds, read from the layout table of `records.KVPages` element by element."""
+"""Keys and values of a page, read by the layout table of `records.KVPages` element by element."""
 
 from __future__ import annotations
 
