@@ -31,7 +31,7 @@ def implementations(operation: str) -> list[str]:
     return [name for name in names if unavailable(operation, name) is None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """One random problem: queries, the keys and values in order, and the pool that holds them."""
 
@@ -42,6 +42,11 @@ class Case:
     table: Tensor  # [B, NB]
     lens: Tensor  # [B]
     generator: torch.Generator
+
+    def __repr__(self) -> str:
+        kv = self.kv
+        pages = f"{kv.format} pages of {kv.page_tokens}, {kv.n_kv_heads} heads"
+        return f"Case(q {self.q.dtype} {list(self.q.shape)}, lens {self.lens.tolist()}, {pages})"
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
