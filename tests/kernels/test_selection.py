@@ -61,7 +61,7 @@ def assert_lists(blocks: Tensor, counts: Tensor, n: Tensor) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=70, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     case=scored(),
     k=st.sampled_from((1, 2, 3, 5, 16, 40, 100)),
@@ -83,7 +83,7 @@ def test_the_k_best_are_those_of_a_sort(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=70, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     case=scored(),
     p=st.one_of(st.sampled_from((1e-6, 0.5, 0.9, 1.0)), st.floats(0.01, 1)),
