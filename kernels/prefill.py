@@ -54,7 +54,7 @@ def dense_prefill(
     """
     batch, _, rows = checks.queries(q, kv)
     _table(q, kv, block_table, context_lens, validate)
-    offset = offsets(q_offset, context_lens, rows, batch, q.device)
+    offset = offsets(context_lens - rows if q_offset is None else q_offset, batch, q.device)
     scale = checks.attention_options(scale, softcap, out_dtype, q)
     options = (offset, scale, softcap, out_dtype or q.dtype)
     found: Attention = choose.run("dense_prefill", impl, q.device, q, kv, block_table, context_lens, *options)
@@ -86,7 +86,7 @@ def window_prefill(
     if window < 1:
         raise ValueError(f"window is {window}: 1 or more is needed")
     checks.window_options(None, sink_tokens, batch, q.device)
-    offset = offsets(q_offset, context_lens, rows, batch, q.device)
+    offset = offsets(context_lens - rows if q_offset is None else q_offset, batch, q.device)
     scale = checks.attention_options(scale, softcap, out_dtype, q)
     options = (window, sink_tokens, offset, scale, softcap, out_dtype or q.dtype)
     found: Attention = choose.run(
@@ -128,7 +128,7 @@ def block_sparse_prefill(
     blocks = -(-rows // block_q)
     checks.selection(selection, (batch, blocks), (kv.n_kv_heads, heads), q)
     _table(q, kv, block_table, context_lens, validate)
-    offset = offsets(q_offset, context_lens, rows, batch, q.device)
+    offset = offsets(context_lens - rows if q_offset is None else q_offset, batch, q.device)
     scale = checks.attention_options(scale, softcap, out_dtype, q)
     if validate:
         starts = offset[:, None, None] + block_q * torch.arange(blocks, device=q.device)
@@ -162,7 +162,7 @@ def token_sparse_prefill(
     batch, heads, rows = checks.queries(q, kv)
     checks.selection(selection, (batch, rows), (kv.n_kv_heads, heads), q)
     checks.ints("context_lens", context_lens, (batch,), q.device)
-    offset = offsets(q_offset, context_lens, rows, batch, q.device)
+    offset = offsets(context_lens - rows if q_offset is None else q_offset, batch, q.device)
     scale = checks.attention_options(scale, softcap, out_dtype, q)
     if validate:
         contents.selection(selection, kv.n_pages)
@@ -173,12 +173,8 @@ def token_sparse_prefill(
     return found
 
 
-def offsets(
-    q_offset: int | Tensor | None, context_lens: Tensor, rows: int, batch: int, device: torch.device
-) -> Tensor:
+def offsets(q_offset: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """The position of row 0 of each sequence, int32 `[B]`."""
-    if q_offset is None:
-        return context_lens - rows
     if isinstance(q_offset, int):
         return torch.full((batch,), q_offset, dtype=torch.int32, device=device)
     checks.ints("q_offset", q_offset, (batch,), device)
