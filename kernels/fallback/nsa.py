@@ -101,7 +101,7 @@ def _compressed(
     ranked = importance[..., :n_blocks].masked_fill((block == 0) | (block >= own - 1), torch.inf)
     ranked = ranked.masked_fill(block > own, -torch.inf)
     # A stable sort of the blocks from the last to the first: ties go to the higher one.
-    order = ranked.flip(-1).sort(-1, descending=True, stable=True)
+    order = ranked.flip(-1).sort(dim=-1, descending=True, stable=True)
     held = order.values[..., :n_selected] > -torch.inf
     chosen = torch.where(held, n_blocks - 1 - order.indices[..., :n_selected], n_blocks).sort(-1).values
     chosen = torch.nn.functional.pad(chosen, (0, n_selected - chosen.shape[-1]), value=n_blocks)

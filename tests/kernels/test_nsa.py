@@ -1,4 +1,4 @@
-"""Native sparse attention: against the reference, and against dense attention where a gate leaves one branch."""
+"""Native sparse attention: against the reference, and against dense attention where one gate is open."""
 
 from __future__ import annotations
 
