@@ -49,7 +49,10 @@ void quantise(const T* x, int64_t row, int64_t page, int64_t size, float limit, 
       y = select(live, vmin(vmax(y, splat(-limit)), splat(limit)), vf{});
       const vf whole = y + ROUND;
       const vc code = __builtin_convertvector((vi)whole - (vi)splat(ROUND), vc);
-      std::memcpy(codes + t * size + d, &code, std::min<int64_t>(n, LANES));
+      if (n >= LANES)
+        std::memcpy(codes + t * size + d, &code, LANES);
+      else
+        std::memcpy(codes + t * size + d, &code, n);
     }
     const vh top = __builtin_convertvector((vu)scale >> 16, vh);
     std::memcpy(scales + d, &top, std::min<int64_t>(n, LANES) * sizeof(bf16));
@@ -73,25 +76,35 @@ void put(int8_t* codes, int64_t page, int64_t size, bool pair, bool transpose, u
     for (int64_t t = 0; t < page; ++t) out[d * page + t] = rows[t * width + d];
 }
 
-// The inverse of `put` and `quantise`.
+// The inverse of `put` and `quantise`; `scratch` holds 2 page size bytes.
 template <class T>
 void dequantise(const uint8_t* stored, const bf16* scales, int64_t page, int64_t size, bool pair, bool transpose,
-                int8_t* codes, T* out) {
+                int8_t* scratch, T* out) {
   typedef int8_t vc __attribute__((vector_size(16)));
   const int64_t width = pair ? size / 2 : size;
-  const int64_t row = transpose ? 1 : width, column = transpose ? page : 1;
-  for (int64_t t = 0; t < page; ++t)
-    for (int64_t d = 0; d < width; ++d) {
-      const uint8_t x = stored[t * row + d * column];
-      codes[t * size + d] = pair ? int8_t(x << 4) >> 4 : int8_t(x);
-      if (pair) codes[t * size + width + d] = int8_t(x) >> 4;
-    }
+  if (transpose) {
+    uint8_t* rows = (uint8_t*)scratch + page * size;
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t t = 0; t < page; ++t) rows[t * width + d] = stored[d * page + t];
+    stored = rows;
+  }
+  if (pair)
+    for (int64_t t = 0; t < page; ++t)
+      for (int64_t d = 0; d < width; ++d) {
+        const uint8_t x = stored[t * width + d];
+        scratch[t * size + d] = int8_t(x << 4) >> 4;
+        scratch[t * size + width + d] = int8_t(x) >> 4;
+      }
+  const int8_t* codes = pair ? scratch : (const int8_t*)stored;
   for (int64_t d = 0; d < size; d += LANES) {
     const int64_t n = size - d;
     const vf scale = load_some(scales + d, n);
     for (int64_t t = 0; t < page; ++t) {
       vc code{};
-      std::memcpy(&code, codes + t * size + d, std::min<int64_t>(n, LANES));
+      if (n >= LANES)
+        code = load_as<vc>(codes + t * size + d);
+      else
+        std::memcpy(&code, codes + t * size + d, n);
       store_some(out + t * size + d, __builtin_convertvector(code, vf) * scale, n);
     }
   }
@@ -124,7 +137,7 @@ void dequantise_pool(const at::Tensor& codes, const at::Tensor& scales, const at
   const int32_t* ids = pages.const_data_ptr<int32_t>();
   T* to = (T*)out.mutable_data_ptr();
   parallel(out.size(0) * heads, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> scratch(page * size);
+    std::vector<int8_t> scratch(2 * page * size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = ids[i / heads], h = i % heads;
       dequantise(from + p * codes.stride(0) + h * codes.stride(1), scale + p * scales.stride(0) + h * scales.stride(1),
