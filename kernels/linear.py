@@ -88,7 +88,9 @@ def int4_linear(x: Tensor, weight: Int4Weight, *, impl: str | None = None) -> Te
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: [..., in] and [out, in]")
     scales = weight.scales
     if x.dtype != scales.dtype:
-        raise ValueError(f"x is {x.dtype}: this weight was packed for {scales.dtype}, see dtype= of pack_int4")
+        raise ValueError(
+            f"x is {x.dtype}: this weight was packed for {scales.dtype}, see dtype= of pack_int4"
+        )
     if x.device != scales.device:
         raise ValueError(f"x is on {x.device}, weight on {scales.device}: move one of them")
     found: Tensor = choose.run("int4_linear", impl, x.device, x, weight)

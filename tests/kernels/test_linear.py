@@ -60,7 +60,9 @@ def test_groups_of_a_file_are_repacked_without_loss(dtype):
     want = (codes.double() - 8) * scales.double().repeat_interleave(32, 1)
     assert torch.equal(values, want), "Q4_0 has no minimum to round"
     values = dequantised(pack_int4_groups(codes, scales, minima, dtype=dtype))
-    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(32, 1)
+    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(
+        32, 1
+    )
     assert float((values - want).abs().max()) < 2e-2 * torch.finfo(dtype).eps / torch.finfo(torch.float16).eps
 
 
@@ -68,7 +70,9 @@ def test_bfloat16_scales_cost_their_rounding_only():
     codes = torch.randint(0, 16, (48, 96), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     scales, minima = noise(48, 3, seed=4), noise(48, 3, seed=5)
     values = dequantised(pack_int4_groups(codes, scales, minima))
-    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(32, 1)
+    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(
+        32, 1
+    )
     bound = (8 * scales.abs() + (minima + 8 * scales).abs()) * 2**-8
     assert bool(((values - want).abs() <= bound.double().repeat_interleave(32, 1)).all())
 
