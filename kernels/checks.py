@@ -82,7 +82,8 @@ def pages(kv: KVPages) -> None:
         if x.shape != (*lead, *shape):
             raise ValueError(f"kv.{name} is {list(x.shape)}: {[*lead, *shape]} is needed for {format}")
         strides = x.stride()
-        if strides[-1] != 1 or (len(shape) == 2 and strides[2] != shape[1]):
+        plain = strides[-1] == 1 and (len(shape) == 1 or strides[2] == shape[1])
+        if not plain and x.shape[0] and not x[0, 0].is_contiguous():  # a dimension of 1 has any stride
             raise ValueError(f"kv.{name} has strides {strides}: a page of a head must be contiguous")
     if (kv.format in ("int8", "int4")) != (kv.k_scale is not None and kv.v_scale is not None):
         raise ValueError(f"kv.k_scale and kv.v_scale belong to int8 and int4 pages, kv is {kv.format}")

@@ -47,7 +47,7 @@ def writes(draw: st.DrawFn) -> tuple[drawn.Case, Tensor, Tensor, Tensor, int]:
     case = draw(drawn.cases(sizes=sizes, max_rows=1, max_tokens=150))
     page, blocks = case.kv.page_tokens, case.table.shape[1]
     tokens = draw(st.one_of(st.integers(0, min(100, blocks * page)), st.sampled_from((1, page))))
-    start = [draw(st.integers(0, blocks * page - tokens)) for _ in case.lens]
+    start = [draw(st.integers(0, min(held, blocks * page - tokens))) for held in case.lens.tolist()]
     shape = (len(case.lens), tokens, case.kv.n_kv_heads, case.kv.head_dim)
     k, v = (torch.randn(shape, generator=case.generator).to(case.q.dtype).transpose(1, 2) for _ in range(2))
     return case, k, v, torch.tensor(start, dtype=torch.int32), draw(st.integers(0, 4))
@@ -70,13 +70,8 @@ def test_a_write_agrees_with_the_layouts_as_defined(impl, write):
         if one.kind == "minmax":
             assert torch.equal(one.data[touched], other.data[touched])
         else:
-            scale = float(case.q.abs().max().clamp_min(1)) if touched.any() else 1.0
-            near = torch.allclose(
-                one.data[touched].double(),
-                other.data[touched].double(),
-                rtol=1e-5 if one.data.dtype == torch.float32 else 8e-3,
-                atol=1e-5 * scale * drawn.STALE if start.any() else 1e-6 * scale,
-            )
+            rtol = 1e-5 if one.data.dtype == torch.float32 else 8e-3
+            near = torch.allclose(one.data[touched], other.data[touched], rtol=rtol, atol=1e-5)
             assert near, one.kind
 
 
@@ -86,7 +81,7 @@ def test_a_write_agrees_with_the_layouts_as_defined(impl, write):
 def test_token_by_token_is_all_at_once(impl, format, dtype):
     case = drawn.make(batch=2, kv_heads=3, size=80, lens=[130, 130], dtype=dtype, format=format)
     k, v = case.k[:, :, :130], case.v[:, :, :130]
-    once, slowly = (KVPages.empty(9, 3, 80, dtype=dtype, format=format) for _ in range(2))
+    once, slowly = (KVPages.empty(11, 3, 80, dtype=dtype, format=format) for _ in range(2))
     of_once, of_slowly = (summaries(once, 2, 64) for _ in range(2))
     start = torch.zeros(2, dtype=torch.int32)
     write_kv(once, k, v, case.table, start, summary=of_once, impl=impl, validate=True)
@@ -153,8 +148,7 @@ def test_a_summary_without_room_is_refused(impl):
     assert not bool(kv.k.any())
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_half_precision_pages_are_written_by_torch(impl):
+def test_half_precision_pages_are_written_by_torch():
     kv = KVPages.empty(2, 1, 32, dtype=torch.float16)
     rows = torch.ones(1, 1, 1, 32, dtype=torch.float16)
     table, at = torch.tensor([[1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
@@ -225,7 +219,7 @@ def test_one_and_two_threads_agree(impl, team):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        kv = KVPages.empty(13, 3, 64, format="packed")
+        kv = KVPages.empty(case.kv.n_pages, 3, 64, format="packed")
         of = summaries(kv, 2, 64)
         start = torch.tensor([0, 5], dtype=torch.int32)
         write_kv(kv, case.k[:, :, :300], case.v[:, :, :300], case.table, start, summary=of, impl=impl)
