@@ -65,6 +65,8 @@ def pages(kv: KVPages) -> None:
     if not isinstance(kv, KVPages):
         raise TypeError(f"kv is {type(kv).__name__}: KVPages is needed")
     page, size, format = kv.page_tokens, kv.head_dim, kv.format
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
     if format == "paged":
         k_shape = v_shape = (page, size)
     elif format == "packed":

@@ -55,9 +55,9 @@ def pack_int4_groups(
 ) -> Int4Weight:
     """Repack weights that are codes already: value = code * scale + minimum.
 
-    `codes` uint8 `[out, in]`, 0 to 15; `scales` and `minima` float `[out, in / group]`, which gives the group.
-    GGUF: Q4_1 as it is, Q4_0 with minimum -8 scale. `dtype` of the activations; nothing is lost but the
-    rounding of scales and zeros to it.
+    `codes` uint8 `[out, in]`, 0 to 15; `scales` and `minima` float `[out, in / group]`, which gives the
+    group. GGUF: Q4_1 as it is, Q4_0 with minimum -8 scale. `dtype` of the activations; nothing is lost but
+    the rounding of scales and zeros to it.
 
     Raises ValueError for shapes that torch's product cannot serve, or codes above 15.
     """

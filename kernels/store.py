@@ -83,6 +83,7 @@ def _fits(summary: BlockSummary, kv: KVPages, batch: int) -> None:
         raise TypeError(f"summary is {type(summary).__name__}: BlockSummary or a sequence of them is needed")
     kind, data, pool = summary.kind, summary.data, kv.k
     lead, size = (batch, pool.shape[1]), kv.head_dim
+    shape: tuple[int, ...]
     if kind == "minmax" and data.device.type == "cpu":
         shape, dtype = (*lead, 2 * size, -1), torch.float32
     elif kind == "minmax":

@@ -76,14 +76,14 @@ def test_values_are_at_most_half_a_step_away(impl, bits, limit):
     generator = torch.Generator().manual_seed(7)
     k, v = (torch.randn(3, 2, 64, 128, generator=generator) for _ in range(2))
     kv = quantize_pages(k, v, bits, impl=impl)
-    for x, y, scale in zip(
-        (k, v), dequantize_pages(kv, every(kv), torch.float32, impl=impl), (kv.k_scale, kv.v_scale), strict=True
-    ):
+    values = dequantize_pages(kv, every(kv), torch.float32, impl=impl)
+    for x, y, scale in zip((k, v), values, (kv.k_scale, kv.v_scale), strict=True):
         step = scale.float().unsqueeze(2)
         # A scale that was rounded down clamps the largest value; bfloat16 rounds by 2**-8 at most.
         assert bool(((x - y).abs() <= step * max(0.5, limit * 2**-8) * 1.0001).all())
         assert bool((y.abs() <= step * limit).all())
-        assert bool(((y.abs() / step).amax(2).round() == limit).all()), "the largest value has the largest code"
+        largest = (y.abs() / step).amax(2).round()
+        assert bool((largest == limit).all()), "the largest value has the largest code"
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

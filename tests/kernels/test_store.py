@@ -239,35 +239,36 @@ def summary(kind: str, *shape: int, page: int = 64) -> BlockSummary:
     return BlockSummary(kind, torch.zeros(shape), page)
 
 
+def written(k: object = ROWS, v: object = ROWS, table: object = TABLE, at: object = AT, kv=KV, of=None):
+    return lambda: write_kv(kv, k, v, table, at, summary=of)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "named"),
     [
-        (lambda: write_kv(INT8, ROWS, ROWS, TABLE, AT), ValueError, "kv has format 'int8'"),
-        (lambda: write_kv("kv", ROWS, ROWS, TABLE, AT), TypeError, "kv is str"),
-        (lambda: write_kv(KV, None, ROWS, TABLE, AT), TypeError, "k is NoneType"),
-        (lambda: write_kv(KV, ROWS, ROWS[:, :1], TABLE, AT), ValueError, r"v \[1, 1, 3, 32\]"),
-        (lambda: write_kv(KV, ROWS[..., :16], ROWS[..., :16], TABLE, AT), ValueError, "k is"),
-        (lambda: write_kv(KV, ROWS.half(), ROWS.half(), TABLE, AT), ValueError, "k is torch.float16"),
-        (lambda: write_kv(KV, ROWS.half(), ROWS, TABLE, AT), ValueError, "k is torch.float16"),
-        (lambda: write_kv(KV, ROWS.expand(1, 2, 3, 32), ROWS[..., :1].expand(1, 2, 3, 32), TABLE, AT),
-         ValueError, "strides 1 and 0"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE.long(), AT), ValueError, "block_table is torch.int64"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE[0], AT), ValueError, r"block_table is \[2\]"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, TABLE[0]), ValueError, r"start_pos is \[2\]"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, 3), TypeError, "start_pos is int"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, AT, summary=summary("hadamard2", 1)), ValueError, "hadamard2"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, AT, summary=summary("mean", 1, 2, 4, 16)), ValueError,
-         "summary.data is"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, AT, summary=summary("vmax", 1, 2)), ValueError, "summary.data"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, AT, summary=summary("vmax", 1, 2, 4, page=16)), ValueError,
-         "summary has pages of 16"),
-        (lambda: write_kv(KV, ROWS, ROWS, TABLE, AT, summary=[ROWS]), TypeError, "summary is Tensor"),
+        (written(kv=INT8), ValueError, "kv has format 'int8'"),
+        (written(kv="kv"), TypeError, "kv is str"),
+        (written(k=None), TypeError, "k is NoneType"),
+        (written(v=ROWS[:, :1]), ValueError, r"v \[1, 1, 3, 32\]"),
+        (written(k=ROWS[..., :16], v=ROWS[..., :16]), ValueError, "k is"),
+        (written(k=ROWS.half(), v=ROWS.half()), ValueError, "k is torch.float16"),
+        (written(k=ROWS.half()), ValueError, "k is torch.float16"),
+        (written(v=ROWS[..., :1].expand(1, 2, 3, 32)), ValueError, "strides 1 and 0"),
+        (written(table=TABLE.long()), ValueError, "block_table is torch.int64"),
+        (written(table=TABLE[0]), ValueError, r"block_table is \[2\]"),
+        (written(at=TABLE[0]), ValueError, r"start_pos is \[2\]"),
+        (written(at=3), TypeError, "start_pos is int"),
+        (written(of=summary("hadamard2", 1)), ValueError, "hadamard2"),
+        (written(of=summary("mean", 1, 2, 4, 16)), ValueError, "summary.data is"),
+        (written(of=summary("vmax", 1, 2)), ValueError, "summary.data is"),
+        (written(of=summary("vmax", 1, 2, 4, page=16)), ValueError, "summary has pages of 16"),
+        (written(of=[ROWS]), TypeError, "summary is Tensor"),
         (lambda: pack_pages(INT8), ValueError, "kv has int8 pages"),
         (lambda: pack_pages(KVPages.empty(1, 1, 32, dtype=torch.float16)), ValueError, "kv is torch.float16"),
         (lambda: unpack_pages(KV), ValueError, "kv has format 'paged'"),
         (lambda: copy_pages(KV, INT8, IDS), ValueError, "src has format 'paged'"),
         (lambda: copy_pages(KV, KVPages.empty(4, 2, 32), IDS), ValueError, "src is torch.float32"),
-        (lambda: copy_pages(KV, KVPages.empty(4, 1, 32, dtype=torch.float32), IDS), ValueError, "n_kv_heads 2"),
+        (lambda: copy_pages(KV, KVPages.empty(4, 1, 32), IDS), ValueError, "src has n_kv_heads 2"),
         (lambda: copy_pages(KV, replace(KV, page_valid=AT), IDS), ValueError, "page_valid"),
         (lambda: copy_pages(KV, KV, IDS[0]), ValueError, "ids is"),
         (lambda: copy_pages(KV, KV, IDS.long()), ValueError, "ids is torch.int64"),
@@ -276,7 +277,7 @@ def summary(kind: str, *shape: int, page: int = 64) -> BlockSummary:
         (lambda: copy_pages(KV, KV, IDS - 1), IndexError, r"ids\[0, 0\] is -1"),
         (lambda: copy_pages(KV, KV, torch.tensor([[0, 1], [2, 1]]).int()), IndexError, "twice"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(call, error, named):
     with pytest.raises(error, match=named):
         call()

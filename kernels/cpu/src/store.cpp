@@ -138,15 +138,28 @@ void fold(const T* tile, bool packed, int64_t size, int64_t from, int64_t to, Op
 // The largest norm of the first n rows of a V tile.
 template <class T>
 float largest_norm(const T* tile, bool packed, int64_t size, int64_t n) {
+  const bool pairs = packed && sizeof(T) == 2;
   float best = 0;
   for (int64_t t = 0; t < n; ++t) {
-    const bool pairs = packed && sizeof(T) == 2;
-    float sum = 0;
-    for (int64_t d = 0; d < size; ++d) {
-      const float x = to_float(pairs ? tile[t / 2 * 2 * size + 2 * d + (t & 1)] : tile[t * size + d]);
+    const T* row = pairs ? tile + t / 2 * 2 * size : tile + t * size;
+    vf sum{};
+    float rest = 0;
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) {
+      vf x;
+      if (pairs) {
+        const vu words = load_as<vu>(row + 2 * d);
+        x = (vf)(t & 1 ? words & 0xffff0000u : words << 16);
+      } else {
+        x = load(row + d);
+      }
       sum += x * x;
     }
-    best = std::max(best, sum);
+    for (; d < size; ++d) {
+      const float x = to_float(pairs ? row[2 * d + (t & 1)] : row[d]);
+      rest += x * x;
+    }
+    best = std::max(best, hsum(sum) + rest);
   }
   return std::sqrt(best);
 }
