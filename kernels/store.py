@@ -94,9 +94,8 @@ def _fits(summary: BlockSummary, kv: KVPages, batch: int) -> None:
         shape, dtype = (*lead, -1, size), pool.dtype
     else:
         raise ValueError(f"summary has kind {kind!r}: a write updates {', '.join(KINDS)}")
-    if summary.page_tokens != kv.page_tokens or (kind == "submeans" and kv.page_tokens != 64):
-        need = "pages of 64 for submeans" if kind == "submeans" else "the same pages"
-        raise ValueError(f"summary has pages of {summary.page_tokens}, kv of {kv.page_tokens}: {need}")
+    if summary.page_tokens != kv.page_tokens:
+        raise ValueError(f"summary has pages of {summary.page_tokens}, kv of {kv.page_tokens}: build it anew")
     fits = data.dim() == len(shape)
     for want, got in zip(shape, data.shape, strict=False):
         fits = fits and want in (-1, got)

@@ -9,9 +9,9 @@ from agentctx.kernels.linear import Int4Weight
 
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
-    rows = x.reshape(-1, weight.shape[1]).contiguous()
+    rows = x.reshape(-1, weight.shape[1]).to(torch.bfloat16).contiguous()
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
     found: Tensor = product(rows, weight.packed, weight.group, weight.scales)
-    return found.view(*x.shape[:-1], weight.shape[0])
+    return found.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

@@ -61,7 +61,7 @@ def _room(summary: BlockSummary) -> int:
     """The blocks that a summary has room for."""
     if summary.kind == "minmax" and summary.data.dim() == 4:
         return summary.data.shape[3]
-    return summary.data.shape[2] // (4 if summary.kind == "submeans" else 1)
+    return summary.data.shape[2] // (summary.page_tokens // STEP if summary.kind == "submeans" else 1)
 
 
 def _k_view(kv: KVPages) -> Tensor:

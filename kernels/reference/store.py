@@ -59,7 +59,8 @@ def _update(kv: KVPages, summary: BlockSummary, b: int, table: Tensor, start: in
     page, data = kv.page_tokens, summary.data
     first, last = start // page, (end - 1) // page
     if summary.kind == "submeans":
-        for i in range(max(0, 4 * first - 1), 4 * last + 4):
+        windows = page // 16
+        for i in range(max(0, windows * first - 1), windows * (last + 1)):
             held = range(16 * i, min(16 * i + 32, end))
             data[b, :, i] = _rows(kv, table, held)[0].mean(0).to(data.dtype) if len(held) else 0
         return

@@ -26,14 +26,12 @@ def summaries(kv: KVPages, batch: int, blocks: int) -> list[BlockSummary]:
     def nan(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.full((batch, heads, *shape), float("nan"), dtype=of)
 
-    found = [
+    return [
         BlockSummary("minmax", nan(2 * size, blocks), page),
         BlockSummary("mean", nan(blocks, size, of=dtype), page),
         BlockSummary("vmax", nan(blocks), page),
+        BlockSummary("submeans", nan(page // 16 * blocks, size, of=dtype), page),
     ]
-    if page == 64:
-        found.append(BlockSummary("submeans", nan(4 * blocks, size, of=dtype), page))
-    return found
 
 
 def copied(kv: KVPages) -> KVPages:

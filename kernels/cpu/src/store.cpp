@@ -238,7 +238,7 @@ std::vector<Sequence> sequences(int64_t tokens, const at::Tensor& table, const a
                       " tokens from there do not fit the ", blocks, " blocks of ", page, " of block_table");
     int64_t from = s.first;
     for (size_t i = 0; i < kinds.size(); ++i) {
-      const int64_t room = kinds[i] == MINMAX ? data[i].size(3) : data[i].size(2) / (kinds[i] == SUBMEANS ? 4 : 1);
+      const int64_t room = kinds[i] == MINMAX ? data[i].size(3) : data[i].size(2) / (kinds[i] == SUBMEANS ? page / STEP : 1);
       TORCH_CHECK_INDEX(s.last < room, "start_pos[", b, "] is ", at, ": block ", s.last, " does not fit a summary of ",
                         room, " blocks");
       if (kinds[i] == SUBMEANS) from = std::max<int64_t>(0, s.first - 1);
