@@ -66,6 +66,7 @@ def pages(kv: KVPages) -> None:
     if kv.n_kv_heads < 1:
         raise ValueError(f"kv has {kv.n_kv_heads} heads: at least one is needed")
     page, size, lead, device = kv.page_tokens, kv.head_dim, kv.k.shape[:2], kv.k.device
+    wanted: tuple[tuple[int, ...], tuple[int, ...]]
     if kv.format == "packed":
         wanted = ((page * size,), (page * size,))
     elif kv.format == "paged":
