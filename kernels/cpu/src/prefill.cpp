@@ -19,20 +19,6 @@ constexpr float STALE_MAX = 8.f;                 // the maximum may lag so far (
 constexpr int64_t BLOCK_Q = 128;                // positions of a task where no list says otherwise
 constexpr int64_t NO_WINDOW = int64_t(1) << 60;
 
-// What the products compute in: pairs of bfloat16 where an instruction multiplies them, float elsewhere.
-template <class T>
-struct Words {
-  using type = float;
-  static constexpr int64_t elements = 1;
-};
-#ifdef __AVX512BF16__
-template <>
-struct Words<bf16> {
-  using type = Pair;
-  static constexpr int64_t elements = 2;
-};
-#endif
-
 // A packed bfloat16 tile as float: pairs of channels (K) or tokens (V) come apart.
 inline void split_pairs(const bf16* src, int64_t pairs, int64_t length, float* dst) {
   for (int64_t p = 0; p < pairs; ++p)
@@ -42,21 +28,20 @@ inline void split_pairs(const bf16* src, int64_t pairs, int64_t length, float* d
     }
 }
 
+// The tiles of a pool of T in words W: pairs of bfloat16, or float, to which everything else is widened.
 template <class T, class W>
 const W* key_tile(const Pool& pool, int64_t page, int64_t head, W* scratch) {
-  if constexpr (sizeof(T) == 4) {
-    return k_tile<float>(pool, page, head, scratch);
-  } else if constexpr (Words<T>::elements == 2) {
+  if constexpr (std::is_same_v<W, Pair>) {
     return (const W*)k_tile<bf16>(pool, page, head, (bf16*)scratch);
+  } else if (sizeof(T) == 4 || pool.k_scale) {
+    return k_tile<float>(pool, page, head, scratch);
   } else {
     const bf16* src = (const bf16*)pool.k_at(page, head);
     if (pool.format == Format::packed) {
       split_pairs(src, pool.size / 2, TILE, scratch);
-    } else if (pool.format == Format::paged) {
+    } else {
       for (int64_t d = 0; d < pool.size; ++d)
         for (int64_t t = 0; t < TILE; ++t) scratch[d * TILE + t] = widen(src[t * pool.size + d]);
-    } else {
-      return k_tile<float>(pool, page, head, scratch);
     }
     return scratch;
   }
@@ -64,18 +49,16 @@ const W* key_tile(const Pool& pool, int64_t page, int64_t head, W* scratch) {
 
 template <class T, class W>
 const W* value_tile(const Pool& pool, int64_t page, int64_t head, W* scratch) {
-  if constexpr (sizeof(T) == 4) {
-    return v_tile<float>(pool, page, head, scratch);
-  } else if constexpr (Words<T>::elements == 2) {
+  if constexpr (std::is_same_v<W, Pair>) {
     return (const W*)v_tile<bf16>(pool, page, head, (bf16*)scratch);
+  } else if (sizeof(T) == 4 || pool.k_scale) {
+    return v_tile<float>(pool, page, head, scratch);
   } else {
     const bf16* src = (const bf16*)pool.v_at(page, head);
     if (pool.format == Format::packed) {
       split_pairs(src, TILE / 2, pool.size, scratch);
-    } else if (pool.format == Format::paged) {
-      for (int64_t i = 0; i < TILE * pool.size; ++i) scratch[i] = widen(src[i]);
     } else {
-      return v_tile<float>(pool, page, head, scratch);
+      for (int64_t i = 0; i < TILE * pool.size; ++i) scratch[i] = widen(src[i]);
     }
     return scratch;
   }
@@ -197,10 +180,9 @@ inline float weigh(float* scores, int64_t n, float scale, float top, Pair*) {
   return hsum(sum);
 }
 
-template <class T>
+template <class T, class W>
 struct Task {
-  using W = typename Words<T>::type;
-  static constexpr int64_t E = Words<T>::elements;
+  static constexpr int64_t E = std::is_same_v<W, Pair> ? 2 : 1;  // elements of a word
 
   const Call& call;
   Scratch& scratch;
@@ -268,8 +250,8 @@ struct Task {
     for (size_t at = 0; at < keys.size(); at += STEP) {
       const int64_t n = std::min<int64_t>(STEP, keys.size() - at);
       for (int64_t i = 0; i < n; ++i) {
-        k[i] = key_tile<T>(call.pool, keys[at + i].page, kv_head, (W*)scratch.k + i * tile);
-        v[i] = value_tile<T>(call.pool, keys[at + i].page, kv_head, (W*)scratch.v + i * tile);
+        k[i] = key_tile<T, W>(call.pool, keys[at + i].page, kv_head, (W*)scratch.k + i * tile);
+        v[i] = value_tile<T, W>(call.pool, keys[at + i].page, kv_head, (W*)scratch.v + i * tile);
       }
       for (int64_t r = 0; r < rows; r += span) step(r, &keys[at], k, v, n, words);
     }
@@ -351,7 +333,7 @@ struct Task {
 };
 
 // The longest tasks first, each to the thread that is free; a task's result does not depend on where it runs.
-template <class T>
+template <class T, class W>
 void run_all(const Call& call, int64_t threads) {
   const int64_t lists = call.q.size(0) * call.list_heads, blocks = (call.q.size(2) + call.block_q - 1) / call.block_q;
   const int64_t rows = std::min(call.block_q, call.q.size(2)) * (call.q.size(1) / call.list_heads);
@@ -360,7 +342,7 @@ void run_all(const Call& call, int64_t threads) {
   parallel(threads, threads, [&](int64_t, int64_t) {
     Scratch scratch(rows, call.pool.size);
     for (int64_t i; (i = next++) < lists * blocks;)
-      Task<T>(call, scratch, i % lists / call.list_heads, i % call.list_heads, blocks - 1 - i / lists);
+      Task<T, W>(call, scratch, i % lists / call.list_heads, i % call.list_heads, blocks - 1 - i / lists);
   });
 }
 
@@ -376,10 +358,18 @@ Result run_call(Call& call, const at::Tensor& q, const at::Tensor& table, const 
   call.lens = lens_.const_data_ptr<int32_t>(), call.offsets = offsets_.const_data_ptr<int32_t>();
   call.scale = float(scale), call.softcap = float(softcap);
   if (lse.numel() == 0) return {out, lse};
-  if (q.scalar_type() == at::kFloat)
-    run_all<float>(call, threads);
-  else
-    run_all<bf16>(call, threads);
+  if (q.scalar_type() == at::kFloat) {
+    run_all<float, float>(call, threads);
+  } else {
+#ifdef __AVX512BF16__
+    // Quantised keys stay exact: rounded to bfloat16 they would cost the lse three digits.
+    if (!call.pool.k_scale) {
+      run_all<bf16, Pair>(call, threads);
+      return {out, lse};
+    }
+#endif
+    run_all<bf16, float>(call, threads);
+  }
   return {out, lse};
 }
 
