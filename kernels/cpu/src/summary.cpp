@@ -1,6 +1,6 @@
 // Summaries of blocks: extremes, means and sub-block means of keys, norms of values, 2-bit codes of rotated keys.
 // Chunks of sixteen blocks of one head are the unit of work; a chunk writes whole cache lines of "minmax".
-#include "tile.h"
+#include "blocks.h"
 
 namespace agentctx {
 namespace {
@@ -44,12 +44,6 @@ constexpr auto lower = [](vf a, vf b) { return vmin(a, b); };
 
 inline vf even_halves(const void* words) { return (vf)(load_as<vu>(words) << 16); }
 inline vf odd_halves(const void* words) { return (vf)(load_as<vu>(words) & 0xffff0000u); }
-
-// `x` in the first n lanes, `fill` in the others.
-inline vf first_lanes(vf x, int64_t n, float fill) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return select(lane < int32_t(n), x, splat(fill));
-}
 
 // How a format gives up its values. `rows`: at(t, c), sixteen channels from c on of token t. Columns: at(g, c), the
 // sixteen tokens of group g in channel c.
@@ -284,29 +278,6 @@ void codes(const S& x, int64_t size, int64_t n, float t, uint8_t* out) {
     }
   }
 }
-
-// What the operators below share: which blocks there are and how many tokens each holds.
-struct Blocks {
-  const Pool& pool;
-  const int32_t* table;
-  int64_t stride, count;  // of the table's rows; blocks in use
-  int64_t length;
-
-  Blocks(const Pool& pool_, const at::Tensor& block_table, const at::Tensor& lens, int64_t b)
-      : pool(pool_),
-        table(block_table.const_data_ptr<int32_t>() + b * block_table.stride(0)),
-        stride(block_table.stride(1)),
-        length(lens.const_data_ptr<int32_t>()[b * lens.stride(0)]) {
-    count = (length + TILE - 1) / TILE;
-    TORCH_CHECK_INDEX(length >= 0 && count <= block_table.size(1), "context_lens[", b, "] is ", length, ": 0 to ",
-                      block_table.size(1) * TILE, " fits the table");
-  }
-  int64_t page(int64_t block) const { return checked_page(pool, table[block * stride], "block_table"); }
-  int64_t held(int64_t block, int64_t page) const {
-    if (pool.valid && pool.valid[page] >= 0) return std::min<int64_t>(pool.valid[page], TILE);
-    return std::min<int64_t>(TILE, length - block * TILE);
-  }
-};
 
 void minmax(const Blocks& blocks, int64_t head, int64_t first, int64_t last, float* data, int64_t capacity) {
   const int64_t size = blocks.pool.size;
