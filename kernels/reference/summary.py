@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,9 @@ def tokens(kv: KVPages, table: Tensor, length: int, block: int) -> tuple[Tensor,
     if kv.quantised:
         k, v = dequantize_pages(kv, torch.tensor([page], device=table.device), torch.float32)
         return k[0, :, :held].double(), v[0, :, :held].double()
-    pages = unpack_pages(kv) if kv.format == "packed" else kv
-    return pages.k[page, :, :held].double(), pages.v[page, :, :held].double()
+    one = replace(kv, k=kv.k[page : page + 1], v=kv.v[page : page + 1])
+    one = unpack_pages(one) if kv.format == "packed" else one
+    return one.k[0, :, :held].double(), one.v[0, :, :held].double()
 
 
 def build_summary(
