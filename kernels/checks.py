@@ -63,9 +63,9 @@ def pages(kv: KVPages) -> None:
     """Check that the tensors of a pool are those of its format."""
     if not isinstance(kv, KVPages):
         raise TypeError(f"kv is {type(kv).__name__}: KVPages is needed")
-    if kv.n_kv_heads < 1:
-        raise ValueError(f"kv has {kv.n_kv_heads} heads: at least one is needed")
     page, size, lead, device = kv.page_tokens, kv.head_dim, kv.k.shape[:2], kv.k.device
+    if lead[1:] < (1,):
+        raise ValueError(f"kv.k is {list(kv.k.shape)}: pages and at least one head are needed")
     wanted: tuple[tuple[int, ...], tuple[int, ...]]
     if kv.format == "packed":
         wanted = ((page * size,), (page * size,))

@@ -94,8 +94,8 @@ struct Scratch {
 
   Scratch(int64_t rows, int64_t group, int64_t size) {
     const int64_t padded = (rows + LANES - 1) / LANES * LANES, tile = TILE * size;
-    const int64_t chunk = std::min(rows, std::max(CHUNK, group));
-    const int64_t parts[] = {rows * size, rows * size, padded, padded, chunk * LD, STEP * tile, STEP * tile};
+    const int64_t parts[] = {rows * size, rows * size, padded, padded, std::min(rows, std::max(CHUNK, group)) * LD, STEP * tile,
+                             STEP * tile};
     lines.resize(std::accumulate(std::begin(parts), std::end(parts), int64_t(0)) / LANES);
     float* at = lines[0].words;
     float** const names[] = {&q, &out, &top, &sum, &scores, &k, &v};
