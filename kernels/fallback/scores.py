@@ -28,7 +28,7 @@ def block_scores(
     found, step = _entries(x, summary, estimate, scale)
     found = found.view(batch, kv_heads, heads // kv_heads, rows, found.shape[-1])
     capacity = found.shape[-1] * step // page
-    if bool(((context_lens < 0) | (context_lens > capacity * page)).any()):
+    if outside(context_lens, 0, capacity * page):
         raise IndexError(
             f"context_lens is {context_lens.tolist()}: the summary holds {capacity * page} tokens"
         )
@@ -48,6 +48,14 @@ def block_scores(
     if group == "max":
         return found.amax(2)
     return found.mean(2) if group == "mean" else found.sum(2)
+
+
+def outside(x: Tensor, low: int, high: int) -> bool:
+    """Whether any of x is below `low` or above `high`."""
+    if not x.numel():
+        return False
+    least, most = torch.aminmax(x)
+    return int(least) < low or int(most) > high
 
 
 def _entries(x: Tensor, summary: BlockSummary, estimate: str, scale: float) -> tuple[Tensor, int]:
