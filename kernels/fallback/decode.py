@@ -98,7 +98,7 @@ def _piece(
     """
     batch, lists, slots = pages.shape
     page = kv.page_tokens
-    head = torch.arange(lists, device=pages.device) * kv.n_kv_heads // lists
+    head = torch.arange(kv.n_kv_heads, device=pages.device).repeat_interleave(lists // kv.n_kv_heads)
     open_page = None
     if tail is not None:
         open_page = blocks == (context_lens // page)[:, None, None]

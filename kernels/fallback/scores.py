@@ -33,7 +33,7 @@ def block_scores(
             f"context_lens is {context_lens.tolist()}: the summary holds {capacity * page} tokens"
         )
     limit = context_lens[:, None] if q_pos is None else context_lens[:, None].minimum(q_pos + 1)
-    starts = torch.arange(found.shape[-1], device=q.device) * step
+    starts = torch.arange(0, found.shape[-1] * step, step, dtype=torch.int32, device=q.device)
     hidden = (starts >= limit[..., None])[:, None, None]  # [B, 1, 1, T or 1, E]
     found = found.masked_fill(hidden, float("-inf"))
     if summary.kind == "submeans":

@@ -14,7 +14,7 @@ FORCED = torch.iinfo(torch.int32).max  # above the key of +inf
 
 def _keys(scores: Tensor, n_blocks: int | Tensor, sink: int, local: int) -> tuple[Tensor, Tensor]:
     """int64 keys in the order of selection, the block in the low half, `UNUSED` past n; and n itself."""
-    n = torch.as_tensor(n_blocks, device=scores.device)
+    n = torch.as_tensor(n_blocks, dtype=torch.int64, device=scores.device)  # as wide as `block`: no casts
     if n.dim():
         lead = (n.shape[0], 1, n.shape[1]) if n.dim() == 2 else (n.shape[0],) + (1,) * (scores.dim() - 2)
         n = n.view(lead)
@@ -74,7 +74,7 @@ def resolve_pages(blocks: Tensor, counts: Tensor, block_table: Tensor) -> BlockS
     slots, table = blocks.shape[-1], block_table.shape[1]
     if outside(counts, 0, slots):
         raise IndexError(f"counts: 0 to {slots} is needed")
-    unused = torch.arange(slots, device=blocks.device) >= counts.unsqueeze(-1)
+    unused = torch.arange(slots, dtype=torch.int32, device=blocks.device) >= counts.unsqueeze(-1)
     at = blocks.masked_fill(unused, 0).long()
     if table == 0 and unused.all():
         return BlockSelection(torch.zeros_like(blocks), blocks, counts)
