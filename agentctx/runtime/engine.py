@@ -1,0 +1,210 @@
+"""A model that reads: texts become keys and values once, and every later step starts from them.
+
+Three places are asked in turn for what a text begins with: the pages in memory, the blocks on disk, the model.
+Only what neither has is computed, and it goes to both. A sequence is a fork of what was read: it shares the
+pages, and what it adds is its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentctx.memory.errors import ModelError, StoreError
+from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
+from agentctx.memory.kv.prefixes import PrefixIndex
+from agentctx.memory.kv.store import BlockStore
+from agentctx.memory.kv.table import BlockTable
+from agentctx.runtime.body import Body
+from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.state import KVState
+
+CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
+Warn = Callable[[str], None]
+
+
+@dataclass
+class Context:
+    """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before."""
+
+    engine: Engine
+    table: BlockTable
+    ids: list[int]
+    computed: int = 0
+    reused: int = 0
+
+    def fork(self) -> Context:
+        """The same past, to go on from in another way. Nothing is copied until one of the two writes."""
+        with self.engine.lock:
+            return Context(self.engine, self.table.fork(), list(self.ids), reused=len(self.ids))
+
+    def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
+        """Append tokens; returns the hidden state of the last, `[H]`.
+
+        None if `cancelled` was set before the end; then `ids` says how far it came. Raises ModelError: overflow
+        beyond the model's window, out_of_memory before anything of a piece is computed.
+        """
+        self.engine.fits(len(self.ids) + len(ids))
+        hidden = None
+        for start in range(0, len(ids), CHUNK):
+            if cancelled is not None and cancelled.is_set():
+                return None
+            piece = list(ids[start : start + CHUNK])
+            hidden = self.engine.step([self], torch.tensor([piece]))[0, -1]
+            self.ids += piece
+            self.computed += len(piece)
+        return hidden
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first `tokens`."""
+        with self.engine.lock:
+            self.table.crop(tokens)
+        del self.ids[tokens:]
+
+    def close(self) -> None:
+        """Let go of the pages."""
+        with self.engine.lock:
+            self.table.close()
+
+
+class Engine:
+    """One model and the KV of all that it has read. Safe for several threads: one pass at a time."""
+
+    def __init__(
+        self,
+        body: Body,
+        *,
+        fingerprint: str,
+        memory_bytes: int,
+        method: Dense | None = None,
+        store: BlockStore | None = None,
+        warn: Warn | None = None,
+    ) -> None:
+        self.body = body
+        self.method = method or Dense()
+        self.pool = PagePool(body.shape, budget=memory_bytes)
+        self.prefixes = PrefixIndex(self.pool)
+        self.store = store
+        self.lock = threading.RLock()
+        self.root = fingerprint
+        self._warn = warn
+
+    def fits(self, tokens: int) -> None:
+        """Raise ModelError (overflow) beyond the window."""
+        if tokens > self.body.window:
+            raise ModelError(
+                f"{tokens:,} tokens exceed the model's window of {self.body.window:,}",
+                code="overflow",
+                hint="split the text, or choose a model with a larger window",
+            )
+
+    def read(
+        self,
+        ids: Sequence[int],
+        *,
+        keep: bool = False,
+        cancelled: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Context:
+        """Hold all of `ids`; with `keep`, on disk as well. Computes only what is held nowhere.
+
+        A cancelled read returns what it has; what it computed is not lost, and reading again continues there.
+        `progress` is told the tokens held and wanted.
+        """
+        self.fits(len(ids))
+        named = list(blocks(ids, self.root))
+        context = self._known(ids, named)
+        while len(context.ids) < len(ids):
+            at = len(context.ids)
+            if context.feed(ids[at : at + CHUNK], cancelled=cancelled) is None:
+                break
+            self._remember(context, [block for block in named if at < block.end <= len(context.ids)], keep)
+            if progress:
+                progress(len(context.ids), len(ids))
+        return context
+
+    def begin(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> tuple[Context, Tensor | None]:
+        """Hold a prompt; returns it with the hidden state of its last token, which is always computed."""
+        self.fits(len(ids))
+        named = list(blocks(ids, self.root))
+        context = self._known(ids[:-1], named)
+        at = len(context.ids)
+        hidden = context.feed(ids[at:], cancelled=cancelled)
+        self._remember(context, [block for block in named if at < block.end <= len(context.ids)], keep=False)
+        return context, hidden
+
+    def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
+        """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
+
+        `pads`: for each row, how many columns on the left are padding; only for contexts that are empty.
+        """
+        with self.lock, torch.inference_mode():
+            tables = [context.table for context in contexts]
+            padding = pads or [0] * len(tables)
+            shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
+            return self.body.forward(ids, KVState(self.pool, tables, self.method, shifts))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 `[..., V]`."""
+        with self.lock, torch.inference_mode():
+            return self.body.logits(hidden).float()
+
+    def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
+        """What is held of the beginning of `ids`, in memory or on disk."""
+        with self.lock:
+            table, held = BlockTable(self.pool), 0
+            try:
+                for block in named:
+                    page = self.prefixes.get(block.name) if block.end <= len(ids) else None
+                    if page is None and block.end <= len(ids):
+                        page = self._load(block)
+                    if page is None:
+                        break
+                    table.append(page, block.end)
+                    held = block.end
+            except BaseException:
+                table.close()
+                raise
+            return Context(self, table, list(ids[:held]), reused=held)
+
+    def _load(self, block: Block) -> int | None:
+        """A page with a block from the disk; the index holds it."""
+        if self.store is None:
+            return None
+        try:
+            found = self.store.get(block.name, self.body.shape.dtype)
+        except StoreError as error:
+            if error.code != "corrupt":
+                raise
+            self._tell(f"{error.message}; it is computed again")
+            return None
+        if found is None:
+            return None
+        (page,) = self.pool.take(1)
+        self.pool.write(page, *found)
+        self.prefixes.add([block], [page])
+        self.pool.release([page])
+        return page
+
+    def _remember(self, context: Context, fresh: Sequence[Block], keep: bool) -> None:
+        """Index blocks that were computed, and write them to the disk if they are to be kept."""
+        with self.lock:
+            pages = [context.table.pages[block.start // PAGE_TOKENS] for block in fresh]
+            self.prefixes.add(fresh, pages)
+            if not keep or self.store is None:
+                return
+            for block, page in zip(fresh, pages, strict=True):
+                try:
+                    self.store.put(block.name, *self.pool.read(page, block.end - block.start))
+                except StoreError as error:  # the answer does not depend on it
+                    self._tell(f"{error.message}; the text will be read again next time")
+                    return
+
+    def _tell(self, message: str) -> None:
+        if self._warn:
+            self._warn(message)
