@@ -32,6 +32,10 @@ class Paths:
         return self.cache / "models"
 
     @property
+    def kv(self) -> Path:
+        return self.cache / "kv" / "v1"
+
+    @property
     def calls(self) -> Path:
         return self.cache / "calls.db"
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from agentctx.workflows.ports import Counter, Reader
 
 ENDPOINT = "openai:"
-KV_BYTES = 2 << 30  # memory that a reader may fill with KV of texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def open_model(
         return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, window=window)
+        return _open_folder(place, name, paths, window=window)
     return _open_gguf(place, paths, window=window, progress=report)
 
 
@@ -74,7 +73,7 @@ def _open_fetched(
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, window=window, entry=entry, manifest=Manifest.read(folder))
+    return _open_folder(folder, entry.name, paths, window=window, entry=entry, manifest=Manifest.read(folder))
 
 
 def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
@@ -84,12 +83,13 @@ def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progre
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, window=window, manifest=Manifest.read(folder))
+    return _open_folder(folder, file.stem, paths, window=window, manifest=Manifest.read(folder))
 
 
 def _open_folder(
     folder: Path,
     name: str,
+    paths: Paths,
     *,
     window: int | None,
     entry: Entry | None = None,
@@ -98,7 +98,7 @@ def _open_folder(
     with _collector_resting():
         from agentctx.models.weights import Weights
 
-        weights = Weights.load(folder, name=name, verify=manifest)
+        weights = Weights.load(folder, name=name, verify=manifest, kv=paths.kv)
         context = weights.context if window is None else window
         if context > weights.context:
             raise ConfigError(
@@ -127,10 +127,10 @@ def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
 def _assemble(weights: Weights, profile: ModelProfile) -> Model:
     from agentctx.models.counters import TemplateCounter
     from agentctx.models.local import LocalChat
-    from agentctx.models.reader import TransformersReader
+    from agentctx.models.reader import LikelihoodReader
 
     chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context)
-    reader = TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=KV_BYTES)
+    reader = LikelihoodReader(weights.engine, weights.tokenizer)
     return Model(chat, profile, TemplateCounter(chat.template), reader)
 
 

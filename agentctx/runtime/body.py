@@ -1,4 +1,6 @@
-"""What the engine needs of a model: hidden states for tokens at positions, over stored KV, and their logits."""
+"""What the engine needs of a model: hidden states for tokens at positions, over stored KV, and their
+logits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Body(Protocol):
     weight_bytes: int
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
-        """Hidden states `[B, T, H]` after the last norm, of ids `[B, T]` int64; `state` says where they stand.
+        """Hidden states `[B, T, H]` after the last norm, of ids `[B, T]` int64; `state` says where they
+        stand.
 
         The keys and values go to `state`, whose rows they continue.
         """

@@ -1,8 +1,8 @@
 """A model that reads: texts become keys and values once, and every later step starts from them.
 
-Three places are asked in turn for what a text begins with: the pages in memory, the blocks on disk, the model.
-Only what neither has is computed, and it goes to both. A sequence is a fork of what was read: it shares the
-pages, and what it adds is its own.
+Three places are asked in turn for what a text begins with: the pages in memory, the blocks on disk, the
+model. Only what neither has is computed, and it goes to both. A sequence is a fork of what was read: it
+shares the pages, and what it adds is its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.state import KVState
 
 CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
+TOGETHER = 4096  # tokens of several short texts in one pass, padding included; bounds its memory
 Warn = Callable[[str], None]
 
 
@@ -46,8 +47,8 @@ class Context:
     def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
         """Append tokens; returns the hidden state of the last, `[H]`.
 
-        None if `cancelled` was set before the end; then `ids` says how far it came. Raises ModelError: overflow
-        beyond the model's window, out_of_memory before anything of a piece is computed.
+        None if `cancelled` was set before the end; then `ids` says how far it came. Raises ModelError:
+        overflow beyond the model's window, out_of_memory before anything of a piece is computed.
         """
         self.engine.fits(len(self.ids) + len(ids))
         hidden = None
@@ -128,7 +129,39 @@ class Engine:
                 progress(len(context.ids), len(ids))
         return context
 
-    def begin(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> tuple[Context, Tensor | None]:
+    def read_all(
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        keep: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> list[Context]:
+        """Hold several texts. Short ones are computed together, as many as fill a pass; one after another
+        else.
+
+        A cancelled call returns contexts that may lack tokens, as `read` does.
+        """
+        found: list[Context] = []
+        fresh: list[int] = []  # texts of which nothing is held, and that one pass can take whole
+        for index, ids in enumerate(texts):
+            self.fits(len(ids))
+            context = self._known(ids, list(blocks(ids, self.root)))
+            if not context.ids and len(ids) <= CHUNK:
+                fresh.append(index)
+            elif len(context.ids) < len(ids):
+                context.close()
+                context = self.read(ids, keep=keep, cancelled=cancelled)
+            found.append(context)
+        fresh.sort(key=lambda index: len(texts[index]))
+        while fresh and not (cancelled is not None and cancelled.is_set()):
+            rows = max(1, TOGETHER // len(texts[fresh[-1]]))
+            batch, fresh = fresh[-rows:], fresh[:-rows]
+            self._read_together([found[index] for index in batch], [texts[index] for index in batch], keep)
+        return found
+
+    def begin(
+        self, ids: Sequence[int], *, cancelled: threading.Event | None = None
+    ) -> tuple[Context, Tensor | None]:
         """Hold a prompt; returns it with the hidden state of its last token, which is always computed."""
         self.fits(len(ids))
         named = list(blocks(ids, self.root))
@@ -153,6 +186,17 @@ class Engine:
         """float32 `[..., V]`."""
         with self.lock, torch.inference_mode():
             return self.body.logits(hidden).float()
+
+    def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: bool) -> None:
+        """One pass over whole texts, padded on the left."""
+        width = max(map(len, texts))
+        pads = [width - len(ids) for ids in texts]
+        padded = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(pads, texts, strict=True)])
+        self.step(contexts, padded, pads)
+        for context, ids in zip(contexts, texts, strict=True):
+            context.ids[:] = ids
+            context.computed = len(ids)
+            self._remember(context, list(blocks(ids, self.root)), keep)
 
     def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
         """What is held of the beginning of `ids`, in memory or on disk."""

@@ -1,4 +1,6 @@
-"""One layer as an attention method sees it, and the exact attention over it that every method can fall back on."""
+"""One layer as an attention method sees it, and the exact attention over it that every method can fall back
+on.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The plain decoder that most models are: Llama, Mistral without a window, Qwen 2 and 3.
 
-Reads a folder of safetensors itself, so that a command line tool starts in the time that torch takes to import;
-transformers' model code imports torch's compiler and its distributed tensors, three times as much. It also runs
-ahead of it: Q, K and V are one product, gate and up another, and a step is some fourteen operators a layer.
-What is not exactly this architecture goes through `runtime/hf`; `supports` says which.
+Reads a folder of safetensors itself, so that a command line tool starts in the time that torch takes to
+import; transformers' model code imports torch's compiler and its distributed tensors, three times as much.
+It also runs ahead of it: Q, K and V are one product, gate and up another, and a step is some fourteen
+operators a layer. What is not exactly this architecture goes through `runtime/hf`; `supports` says which.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 def supports(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes this architecture and nothing beyond it."""
-    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
+        "rope_type", "default"
+    )
     return (
         config.get("model_type") in FAMILIES
         and rope_type == "default"
@@ -154,6 +156,4 @@ class _Weights:
         """Several products over one input as one."""
         weight = [self[f"{name}.weight"] for name in names]
         bias = [self[f"{name}.bias"] for name in names if f"{name}.bias" in self._tensors]
-        return Linear(
-            torch.cat(weight) if len(weight) > 1 else weight[0], torch.cat(bias) if bias else None
-        )
+        return Linear(torch.cat(weight) if len(weight) > 1 else weight[0], torch.cat(bias) if bias else None)

@@ -1,4 +1,6 @@
-"""Choosing the next token, and the loop that does it: pulled by its consumer, so that nobody waits for nothing."""
+"""Choosing the next token, and the loop that does it: pulled by its consumer, so that nobody waits for
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class Sampling:
 
 def generate(
     context: Context,
-    hidden: Tensor,
+    hidden: Tensor | None,
     *,
     most: int,
     ends: frozenset[int],
@@ -39,15 +41,15 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `most` token ids, an end token included, and append them to `context`.
 
-    `hidden [H]` is the hidden state of the context's last token. Ends early when `cancelled` is set. The last
-    token yielded is not fed.
+    `hidden [H]` is the hidden state of the context's last token, None if feeding it was cancelled. Ends early
+    when `cancelled` is set. The last token yielded is not fed.
     """
-    chance = torch.Generator(hidden.device)
+    chance = torch.Generator("cpu" if hidden is None else hidden.device)
     if sampling.seed is None:
         chance.seed()
     else:
         chance.manual_seed(sampling.seed)
-    state: Tensor | None = hidden
+    state = hidden
     for count in range(most):
         if state is None or cancelled.is_set():
             return

@@ -1,8 +1,8 @@
 """The keys and values of a batch while a model runs: what every layer of a forward pass writes to and reads.
 
-A step begins when the first layer meets new tokens: room for all layers is reserved then, before anything is
-computed, so a step that does not fit fails whole. Rows may have different lengths: an integer for each says at
-which position its columns begin. It is negative for padding on the left, which is never stored.
+A step begins when the first layer meets new tokens: room for all layers is reserved then, before anything
+is computed, so a step that does not fit fails whole. Rows may have different lengths: an integer for each
+says at which position its columns begin. It is negative for padding on the left, which is never stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from agentctx.runtime.methods.dense import Dense
 
 @dataclass
 class KVState:
-    """`tables`, one for each row; `length`, the columns fed so far; column c of row b is at `c + shifts[b]`."""
+    """`tables`, one for each row; `length`, the columns fed so far; column c of row b is at `c +
+    shifts[b]`.
+    """
 
     pool: PagePool
     tables: list[BlockTable]

@@ -134,9 +134,7 @@ class PagePool:
 
     def _page(self, page: int) -> KVPages:
         """The layers of one page as the pages of a pool."""
-        return KVPages(
-            self._k[page], self._v[page], PAGE_TOKENS, self.shape.head_dim, self.shape.format
-        )
+        return KVPages(self._k[page], self._v[page], PAGE_TOKENS, self.shape.head_dim, self.shape.format)
 
     def _zeros(self) -> Tensor:
         if self.shape.device != "cpu":

@@ -1,7 +1,8 @@
 """Blocks of keys and values on disk, each in a file named after every token up to its end.
 
     root/<model>/ab/ab3f….safetensors     k, v [layers, Hkv, tokens, D]; metadata: version, codec, checksum
-    root/<model>/readings/<document>.json names of the blocks of a document, so that it can be found and deleted
+    root/<model>/readings/<document>.json names of the blocks of a document, so that it can be found and
+    deleted
 
 The name is the chained hash of `chain.blocks`, so a block is written once however many texts share it, a text
 that grew is recomputed from its last full block on, and two processes that read the same text write the same
@@ -50,7 +51,9 @@ class Held:
 
 
 class BlockStore:
-    """The blocks of one model. Safe for several processes; `budget` is in bytes, for all models under `root`."""
+    """The blocks of one model. Safe for several processes; `budget` is in bytes, for all models under
+    `root`.
+    """
 
     def __init__(self, root: Path, model: str, *, budget: int, codec: str = "plain") -> None:
         if codec not in CODECS:
@@ -94,8 +97,8 @@ class BlockStore:
     def put(self, name: str, k: Tensor, v: Tensor) -> None:
         """Store a block `[layers, Hkv, tokens, D]`, making room first. Present: nothing is done.
 
-        int8 and int4 apply to whole blocks; a shorter one, the end of a text, stays as it is. Raises StoreError
-        (no_space, unwritable) and leaves no part of a file.
+        int8 and int4 apply to whole blocks; a shorter one, the end of a text, stays as it is. Raises
+        StoreError (no_space, unwritable) and leaves no part of a file.
         """
         path = self._path(name)
         if path.exists():
@@ -163,7 +166,9 @@ class BlockStore:
 
     def _corrupt(self, path: Path, why: str) -> StoreError:
         _delete(path)
-        return StoreError(f"the KV block {path} is damaged: {why}", code="corrupt", hint="it is computed again")
+        return StoreError(
+            f"the KV block {path} is damaged: {why}", code="corrupt", hint="it is computed again"
+        )
 
 
 def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -202,7 +207,7 @@ def _write(path: Path, data: bytes) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -1,4 +1,6 @@
-"""Which pages hold a sequence, in order. Forks share pages; a page is copied when a second owner writes to it."""
+"""Which pages hold a sequence, in order. Forks share pages; a page is copied when a second owner writes to
+it.
+"""
 
 from __future__ import annotations
 

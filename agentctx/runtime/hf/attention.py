@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from agentctx.kernels.records import KVPages
+from agentctx.kernels.records import Attention, KVPages
 from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.hf.cache import MARK, KVLayer, pads_of
@@ -31,7 +31,9 @@ def register() -> None:
 
 
 def mask(*, attention_mask: Tensor | None = None, **_layout: Any) -> Tensor | None:
-    """The given `[B, L]` mask, or None if it hides nothing. What transformers says of the layout is not needed."""
+    """The given `[B, L]` mask, or None if it hides nothing. What transformers says of the layout is not
+    needed.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
@@ -71,20 +73,23 @@ def attention(
     return with_sinks(found, s_aux).transpose(1, 2).contiguous(), None
 
 
-def _without_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Any:
+def _without_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Attention:
     """A pass that keeps nothing: the same arithmetic over pages made for it."""
     batch, heads, new, size = k.shape
     pads = pads_of(mask, batch)
-    shifted = [torch.stack([F.pad(row[:, pad:], (0, 0, 0, pad)) for row, pad in zip(x, pads)]) for x in (k, v)]
     blocks = -(-new // PAGE_TOKENS)
-    room = (0, 0, 0, blocks * PAGE_TOKENS - new)
-    pool = [
-        F.pad(x, room).view(batch, heads, blocks, PAGE_TOKENS, size).transpose(1, 2).flatten(0, 1).contiguous()
-        for x in shifted
-    ]
+    room = blocks * PAGE_TOKENS - new
+
+    def pages(x: Tensor) -> Tensor:
+        """Rows without their padding, cut into pages."""
+        shifted = [F.pad(row[:, pad:], (0, 0, 0, pad + room)) for row, pad in zip(x, pads, strict=True)]
+        cut = torch.stack(shifted).view(batch, heads, blocks, PAGE_TOKENS, size)
+        return cut.transpose(1, 2).flatten(0, 1).contiguous()
+
     table = torch.arange(batch * blocks, dtype=torch.int32, device=q.device).view(batch, blocks)
     lens = torch.tensor([new - pad for pad in pads], dtype=torch.int32, device=q.device)
-    return LayerKV(0, KVPages(*pool, PAGE_TOKENS, size), table, lens, new, scoring).exact(q)
+    pool = KVPages(pages(k), pages(v), PAGE_TOKENS, size)
+    return LayerKV(0, pool, table, lens, new, scoring).exact(q)
 
 
 def _refuse(others: dict[str, Any], dropout: float, output_attentions: bool | None) -> None:

@@ -60,8 +60,12 @@ def _adopted(model: Any) -> Any:
     refused = {
         "it has an encoder": getattr(config, "is_encoder_decoder", False),
         "it keeps compressed keys (multi-head latent attention)": hasattr(config, "kv_lora_rank"),
-        "its code does not take an attention function": not getattr(model, "_supports_attention_backend", False),
-        "it scales its logits": any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling")),
+        "its code does not take an attention function": not getattr(
+            model, "_supports_attention_backend", False
+        ),
+        "it scales its logits": any(
+            getattr(config, name, None) for name in ("logit_scale", "logits_scaling")
+        ),
         "it keeps a state, not keys": any(
             kind not in ("full_attention", "sliding_attention")
             for kind in getattr(config, "layer_types", None) or ()

@@ -23,14 +23,14 @@ from agentctx.runtime.state import KVState
 MARK = "_agentctx_layer"
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `PagedCache`."""
 
     is_compileable = False
     is_croppable = True
 
     def __init__(self, cache: PagedCache, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.index = index
         self.pending = False
@@ -38,7 +38,9 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the pool exists."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Hand the new keys on, marked."""
         self.cache.check()
         self.pending = True
@@ -63,7 +65,8 @@ class PagedCache(Cache):
     """
 
     def __init__(self, pool: PagePool, *, method: Dense | None = None, state: KVState | None = None) -> None:
-        super().__init__(layers=[KVLayer(self, index) for index in range(pool.shape.layers)])
+        self.own = [KVLayer(self, index) for index in range(pool.shape.layers)]
+        super().__init__(layers=list(self.own))
         self.pool = pool
         self.method = method or Dense()
         self.state = state
@@ -86,7 +89,7 @@ class PagedCache(Cache):
 
     def check(self) -> None:
         """Raise ModelError (unsupported) if keys of the last step never reached the attention function."""
-        lost = [layer.index for layer in self.layers if layer.pending]
+        lost = [layer.index for layer in self.own if layer.pending]
         if lost:
             raise ModelError(
                 f"layer {lost[0]} of this model does not hand its keys to the attention function",
@@ -116,7 +119,9 @@ class PagedCache(Cache):
 
 
 def pads_of(mask: Tensor | None, batch: int) -> list[int]:
-    """Leading hidden columns of each row of a `[B, L]` mask; ModelError (unsupported) for any other padding."""
+    """Leading hidden columns of each row of a `[B, L]` mask; ModelError (unsupported) for any other
+    padding.
+    """
     if mask is None:
         return [0] * batch
     shown = mask.bool()
