@@ -40,13 +40,13 @@ def dequantize_pages(kv: KVPages, pages: Tensor, dtype: torch.dtype) -> tuple[Te
     assert kv.k_scale is not None and kv.v_scale is not None
     k, v = kv.k[at], kv.v[at].transpose(2, 3)
     if kv.format == "int4":
-        k, v = _split(k), _split(v)
+        k, v = split_pairs(k), split_pairs(v)
     k = k.float() * kv.k_scale[at].float().unsqueeze(2)
     v = v.float() * kv.v_scale[at].float().unsqueeze(2)
     return k.to(dtype), v.to(dtype)
 
 
-def _split(codes: Tensor) -> Tensor:
+def split_pairs(codes: Tensor) -> Tensor:
     """int8 channels from pairs."""
     signed = codes.view(torch.int8)
     return torch.cat([(signed << 4) >> 4, signed >> 4], -1)
