@@ -38,9 +38,7 @@ def selection(chosen: BlockSelection, n_pages: int, n_blocks: Tensor | None = No
     `n_blocks` (broadcast to `chosen.counts`) bounds the logical ids: they must be smaller.
     """
     slots = chosen.pages.shape[-1]
-    if bool((bad := (chosen.counts < 0) | (chosen.counts > slots)).any()):
-        at = _first(bad)
-        raise IndexError(f"selection.counts{list(at)} is {int(chosen.counts[at])}: 0 to {slots} is needed")
+    counts("selection.counts", chosen.counts, slots)
     live = torch.arange(slots, device=chosen.pages.device) < chosen.counts[..., None]
     if bool((bad := live & ((chosen.pages < 0) | (chosen.pages >= n_pages))).any()):
         at = _first(bad)
@@ -54,6 +52,13 @@ def selection(chosen: BlockSelection, n_pages: int, n_blocks: Tensor | None = No
     if bool((bad := live & ((chosen.blocks < 0) | limit)).any()):
         at = _first(bad)
         raise IndexError(f"selection.blocks{list(at)} is {int(chosen.blocks[at])}: no such block")
+
+
+def counts(name: str, values: Tensor, slots: int) -> None:
+    """Raise IndexError for the first count outside 0 to `slots`."""
+    if bool((bad := (values < 0) | (values > slots)).any()):
+        at = _first(bad)
+        raise IndexError(f"{name}{list(at)} is {int(values[at])}: 0 to {slots} is needed")
 
 
 def no_nan(name: str, values: Tensor) -> None:
