@@ -53,11 +53,64 @@ struct Pool {
   const bf16* v_scale_at(int64_t page, int64_t head) const { return v_scale + page * vs_page + head * vs_head; }
 };
 
-// rows x cols 32-bit words, row stride `ld`, to [cols][TILE].
+// One round of a transposition of N vectors: halves of the list are interleaved, as cards are shuffled.
+template <class V, int N, int... I>
+inline __attribute__((always_inline)) void interleave(V (&x)[N], std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  V y[N];
+  for (int i = 0; i < N / 2; ++i) {
+    y[2 * i] = __builtin_shufflevector(x[i], x[i + N / 2], (I / 2 + I % 2 * lanes)...);
+    y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + N / 2], (lanes / 2 + I / 2 + I % 2 * lanes)...);
+  }
+  for (int i = 0; i < N; ++i) x[i] = y[i];
+}
+template <class V, int N>
+inline __attribute__((always_inline)) void interleave(V (&x)[N]) {
+  interleave(x, std::make_integer_sequence<int, sizeof(V) / sizeof(x[0][0])>());
+}
+
+// 64 x cols 32-bit words, row stride `ld`, to [cols][TILE]; cols a multiple of 4.
 inline void transpose_words(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += 8)
-    for (int64_t r = 0; r < TILE; ++r)
-      for (int64_t i = 0; i < std::min<int64_t>(8, cols - c); ++i) dst[(c + i) * TILE + r] = src[r * ld + c + i];
+  typedef uint32_t v4 __attribute__((vector_size(16)));
+  for (int64_t c = 0; c < cols; c += 4)
+    for (int64_t r = 0; r < TILE; r += 4) {
+      v4 x[4];
+      for (int i = 0; i < 4; ++i) x[i] = load_as<v4>(src + (r + i) * ld + c);
+      interleave(x);
+      interleave(x);
+      for (int i = 0; i < 4; ++i) std::memcpy(dst + (c + i) * TILE + r, &x[i], sizeof(v4));
+    }
+}
+
+// rows x cols bytes to [cols][ld]; rows a multiple of 16. With `high` a byte holds two codes of 4 bits: the low one
+// goes to its place, the high one `high` bytes further. The bytes at `ahead` are what is read next.
+inline void transpose_codes(const uint8_t* src, int64_t rows, int64_t cols, int8_t* dst, int64_t ld, int64_t high,
+                            const char* ahead) {
+  typedef uint8_t v16 __attribute__((vector_size(16)));
+  const auto put = [&](int64_t c, int64_t r, v16 x) {
+    if (high) {
+      const v16 first = ((x & 15) ^ 8) - 8, second = ((x >> 4) ^ 8) - 8;
+      std::memcpy(dst + c * ld + r, &first, sizeof(v16));
+      std::memcpy(dst + c * ld + r + high, &second, sizeof(v16));
+    } else {
+      std::memcpy(dst + c * ld + r, &x, sizeof(v16));
+    }
+  };
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t i = 0; i < 16 * cols; i += 64) __builtin_prefetch(ahead + r * cols + i);
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16) {
+      v16 x[16];
+      for (int i = 0; i < 16; ++i) x[i] = load_as<v16>(src + (r + i) * cols + c);
+      for (int round = 0; round < 4; ++round) interleave(x);
+      for (int i = 0; i < 16; ++i) put(c + i, r, x[i]);
+    }
+    for (; c < cols; ++c) {
+      v16 x;
+      for (int i = 0; i < 16; ++i) x[i] = src[(r + i) * cols + c];
+      put(c, r, x);
+    }
+  }
 }
 
 // Row-major K [64][D] of a dtype to the packed tile of the same dtype.
@@ -70,11 +123,13 @@ inline void pack_k(const bf16* src, int64_t size, bf16* dst) {
 inline void pack_v(const float* src, int64_t size, float* dst) {
   std::memcpy(dst, src, sizeof(float) * TILE * size);
 }
-inline void pack_v(const bf16* src, int64_t size, bf16* dst) {
+inline void pack_v(const bf16* src, int64_t size, bf16* dst) {  // size a multiple of 8
+  typedef uint16_t v8 __attribute__((vector_size(16)));
   for (int64_t t = 0; t < TILE; t += 2)
-    for (int64_t d = 0; d < size; ++d) {
-      dst[(t * size) + 2 * d] = src[t * size + d];
-      dst[(t * size) + 2 * d + 1] = src[(t + 1) * size + d];
+    for (int64_t d = 0; d < size; d += 8) {
+      v8 x[2] = {load_as<v8>(src + t * size + d), load_as<v8>(src + (t + 1) * size + d)};
+      interleave(x);
+      std::memcpy(dst + t * size + 2 * d, x, sizeof(x));
     }
 }
 
