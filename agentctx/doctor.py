@@ -7,6 +7,7 @@ asked for.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -54,7 +55,7 @@ class Check:
 
 def examine(paths: Paths, *, endpoints: bool = False) -> list[Check]:
     """Run every check."""
-    checks = [_python(), *(_package(name) for name in PACKAGES), _accelerator(), _compiler(), _sqlite()]
+    checks = [_python(), *(_package(name) for name in PACKAGES), _accelerator(), _kernels(), _sqlite()]
     checks += [_folder(name, path) for name, path in asdict(paths).items()]
     checks += [*_locks(paths), *_databases(paths), *_models(paths), *_environment(), _settings()]
     if endpoints:
@@ -84,9 +85,22 @@ def _accelerator() -> Check:
     return Check("accelerator", True, f"none; {torch.get_num_threads()} threads of the CPU are used")
 
 
-def _compiler() -> Check:
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    return Check("compiler", True, found or "none; kernels in C++ will not be built")
+def _kernels() -> Check:
+    """The C++ kernels: they are optional, so their absence is told and is no failure. Builds nothing."""
+    title = "CPU kernels"
+    if find_spec("torch") is None:
+        return Check(title, False, "unknown without torch", "install torch")
+    from agentctx.kernels.cpu import build
+
+    cache, level = build.cache_folder(), build.best()
+    size = sum(path.stat().st_size for path in cache.glob(f"*/{build.NAME}"))
+    kept = f"{cache}, {size / 1e6:.1f} MB"
+    try:
+        place = build.built(level)
+    except OSError as error:
+        return Check(title, True, f"torch serves instead (slower): {error}; {kept}")
+    state = "built" if place else "not built yet, the first use builds"
+    return Check(title, True, f"{level}, {state} with {shlex.join(build.compiler())}; {kept}")
 
 
 def _sqlite() -> Check:

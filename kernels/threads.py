@@ -22,7 +22,12 @@ WORTH = 4.0  # a region must save several times what it costs
 
 @functools.cache
 def region_overhead_us(threads: int) -> float:
-    """The median cost of an empty parallel region over `threads` threads, in microseconds."""
+    """The median cost of an empty parallel region over `threads` threads, in microseconds.
+
+    Infinite where the best level has no library: a forced level then stays on its thread.
+    """
+    if build.reason(build.best()):
+        return float("inf")
     region = build.load(build.best()).region
     times = []
     for _ in range(15):

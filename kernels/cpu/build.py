@@ -5,7 +5,8 @@ as `torch.ops.agentctx_<level>`. It is kept in the user's cache under a key of a
 folder that travels between machines never serves a wrong one. The compiler is called directly: torch's
 extension loader needs ninja and keeps a lock file that a killed build leaves behind. Ours is an flock,
 which dies with its owner; the library is written beside its place and renamed, so a half-written one is
-never loaded.
+never loaded. Its digest lies beside it: a damaged one would end the process when it is mapped, so it is
+built again instead.
 
 A missing or failing compiler is not an error: there is one warning, `reason` tells it, and torch serves
 instead.
@@ -13,17 +14,20 @@ instead.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,9 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent / "src"
+NAME = "agentctx.so"
 TIMEOUT = 600  # seconds for one source; a busy machine takes ten times the usual ten
+UNUSED = 30 * 24 * 3600  # seconds after which the library of another version or compiler is removed
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
@@ -86,11 +92,16 @@ def best() -> str:
     return next(level for level in LEVELS if level in features() and (level != "brgemm" or amx))
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path."""
-    named = os.environ.get("CXX")
-    names = (named,) if named else ("c++", "g++", "clang++")
-    return next((path for name in names if (path := shutil.which(name))), None)
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler: $CXX, or the first of c++, g++ and clang++ on the path, or ()."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    found = ((shutil.which(tool), options) for tool, *options in commands)
+    return next(((path, *options) for path, options in found if path), ())
 
 
 @functools.cache
@@ -101,11 +112,12 @@ def reason(level: str) -> str | None:
     if level not in features():
         return f"this processor has no {level}"
     try:
-        torch.ops.load_library(str(_library(level)))  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        why = str(error)
-        warnings.warn(f"the C++ kernels cannot be used, torch serves instead (slower): {why}", stacklevel=2)
-        return why
+        torch.ops.load_library(str(library(level)))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        if level == best():  # who forces another level gets an error
+            text = f"the C++ kernels cannot be used, torch serves instead (slower): {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return str(error)
     return None
 
 
@@ -116,81 +128,138 @@ def load(level: str) -> Any:
     return getattr(torch.ops, f"agentctx_{level}")
 
 
-def built(level: str) -> Path | None:
-    """The library of `level` in the cache, if it is there and the compiler that made it is still the same."""
-    if (tool := compiler()) is None:
-        return None
-    place = cache_folder() / key(level, tool) / "agentctx.so"
-    return place if place.exists() else None
+def built(level: str, *, sources: Path = SOURCES) -> Path | None:
+    """The library of `level` in the cache, if it is there and sound. Builds nothing.
+
+    Raises OSError without a working compiler: its version is part of the name.
+    """
+    folder = cache_folder() / key(level, _needed(), sources)
+    return folder / NAME if _sound(folder) else None
 
 
-@functools.cache
-def key(level: str, tool: str) -> str:
+def key(level: str, tool: tuple[str, ...], sources: Path = SOURCES) -> str:
     """A name for everything a library depends on."""
-    version = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True)
-    parts = [level, *FLAGS, *LEVELS[level], torch.__version__, version.stdout, platform.machine()]
-    for source in sorted(SOURCES.iterdir()):
+    parts = [level, *tool, _run([*tool, "--version"]), *FLAGS, *LEVELS[level], platform.machine()]
+    parts += [torch.__version__, str(torch.version.git_version), Path(_openmp()).name]
+    for source in _files(sources):
         parts += [source.name, source.read_text()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"{level}-{digest[:20]}"
 
 
-def _library(level: str) -> Path:
-    """The library of `level`, built under a lock if it is missing."""
-    tool = compiler()
-    if tool is None:
-        raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
-    place = cache_folder() / key(level, tool) / "agentctx.so"
-    if place.exists():
-        return place
-    place.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(place.parent.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            _build(level, tool, place)
-    return place
+def library(level: str, *, say: Callable[[str], None] = _say, sources: Path = SOURCES) -> Path:
+    """The library of `level`, built under a lock if it is missing or damaged.
+
+    `say` gets one line before a build and one after it. Raises OSError with the reason if there is no
+    compiler, or it fails, or the cache cannot be written.
+    """
+    tool = _needed()
+    root = cache_folder()
+    folder = root / key(level, tool, sources)
+    if not _sound(folder):
+        root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.mkdir(exist_ok=True, mode=0o700)
+        with open(root / "flock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _sound(folder):
+                _clear(level, folder)
+                _build(level, tool, sources, folder, say)
+    with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
+        os.utime(folder)
+    return folder / NAME
 
 
-def _build(level: str, tool: str, place: Path) -> None:
+def _needed() -> tuple[str, ...]:
+    if tool := compiler():
+        return tool
+    raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
+
+
+def _sound(folder: Path) -> bool:
+    """Whether the folder holds a library that is, byte for byte, the one that was built."""
+    try:
+        with open(folder / NAME, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == (folder / "sha256").read_text()
+    except OSError:
+        return False
+
+
+def _clear(level: str, folder: Path) -> None:
+    """Remove what is damaged, what killed builds left, and libraries of this level long unused.
+
+    Only the holder of the lock may: it knows that nobody else builds.
+    """
+    stale = [folder, *folder.parent.glob("building-*")]
+    for other in folder.parent.glob(f"{level}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > UNUSED:
+                stale.append(other)
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _build(
+    level: str, tool: tuple[str, ...], sources: Path, folder: Path, say: Callable[[str], None]
+) -> None:
     """Compile into a folder beside the place, then rename."""
-    _say(f"building the CPU kernels ({level}), once; about 30 s …")
+    say(f"building the CPU kernels ({level}), once; about 30 s …")
     began = time.monotonic()
     root = Path(torch.__file__).parent
-    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-I{SOURCES}"]
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-I{sources}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    common = [tool, *FLAGS, *LEVELS[level], abi, f"-DAGENTCTX_NS=agentctx_{level}", *include]
-    with tempfile.TemporaryDirectory(dir=place.parent.parent, prefix="building-") as scratch:
-        folder = Path(scratch) / "done"
-        folder.mkdir()
-        sources = sorted(SOURCES.glob("*.cpp"))
-        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+    common = [*tool, *FLAGS, *LEVELS[level], abi, f"-DAGENTCTX_NS=agentctx_{level}", *include]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as scratch:
+        done = Path(scratch) / "done"
+        done.mkdir(mode=0o700)
+        units = [path for path in _files(sources) if path.suffix == ".cpp"]
+        objects = [Path(scratch) / f"{unit.stem}.o" for unit in units]
         commands = [
-            [*common, "-c", str(source), "-o", str(made)]
-            for source, made in zip(sources, objects, strict=True)
+            [*common, "-c", str(unit), "-o", str(made)] for unit, made in zip(units, objects, strict=True)
         ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_compile, commands))
-        _compile([tool, "-shared", "-o", str(folder / "agentctx.so"), *map(str, objects), *_libraries(root)])
-        folder.rename(place.parent)
-    _say(f"built the CPU kernels ({level}) in {time.monotonic() - began:.0f} s")
+            list(pool.map(_run, commands))
+        # The OpenMP runtime must be the one that torch itself loads: a second one has its own threads.
+        linked = [
+            f"-L{root / 'lib'}",
+            "-ltorch_cpu",
+            "-ltorch",
+            "-lc10",
+            _openmp(),
+            f"-Wl,-rpath,{root / 'lib'}",
+        ]
+        _run([*tool, "-shared", "-o", str(done / NAME), *map(str, objects), *linked])
+        (done / "sha256").write_text(hashlib.sha256((done / NAME).read_bytes()).hexdigest())
+        done.rename(folder)
+    say(f"built the CPU kernels ({level}) in {time.monotonic() - began:.0f} s")
 
 
-def _libraries(root: Path) -> list[str]:
-    """What to link: torch, and the OpenMP runtime that torch itself loads. A second runtime has its own
-    threads.
-    """
-    lib = root / "lib"
-    bundled = sorted(lib.glob("libgomp*.so*"))
-    openmp = [str(bundled[0])] if bundled else ["-fopenmp"]
-    return [f"-L{lib}", "-ltorch_cpu", "-ltorch", "-lc10", *openmp, f"-Wl,-rpath,{lib}"]
+def _files(sources: Path) -> list[Path]:
+    return sorted(path for path in sources.iterdir() if path.suffix in (".h", ".cpp"))
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+def _openmp() -> str:
+    """What to link for OpenMP: torch's own runtime if it brings one."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return str(bundled[0]) if bundled else "-fopenmp"
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints. Raises OSError with the first line that tells why it failed."""
+    name, plain = Path(command[0]).name, {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=plain,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{name} did not finish within {TIMEOUT} s") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise OSError(f"{Path(command[0]).name} failed: {lines[0] if lines else done.returncode}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        said = done.stderr.splitlines()
+        told = [line for line in said if "error" in line or "undefined" in line] or said
+        raise OSError(f"{name} failed: {told[0] if told else f'exit status {done.returncode}'}")
+    return done.stdout

@@ -1,5 +1,6 @@
 """The commands that look at what is kept: models, runs, traces, settings, folders, doctor."""
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -173,6 +174,29 @@ def test_doctor_finds_what_is_wrong(home, tmp_path, monkeypatch, capsys):
     assert all(check.remedy for check in found.values())
     assert run(["doctor"]) == 1
     assert "FAIL  environment: LANGSMITH_TRACING is true" in capsys.readouterr().out
+
+
+def test_doctor_tells_about_the_cpu_kernels_and_builds_nothing(home, monkeypatch):
+    from agentctx.kernels.cpu import build
+
+    def told():
+        check = next(check for check in examine(Paths.default()) if check.name == "CPU kernels")
+        assert check.ok
+        return check.detail
+
+    kept = str(home / "cache" / "kernels")
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("doctor must not build"))
+    if compiler := build.compiler():
+        assert told().startswith(
+            f"{build.best()}, not built yet, the first use builds with {compiler[0]}; {kept}"
+        )
+        folder = home / "cache" / "kernels" / build.key(build.best(), compiler)
+        folder.mkdir(parents=True)
+        (folder / build.NAME).write_bytes(b"x" * 1_500_000)
+        (folder / "sha256").write_text(hashlib.sha256(b"x" * 1_500_000).hexdigest())
+        assert f"{build.best()}, built with " in told() and told().endswith(f"{kept}, 1.5 MB")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert told().startswith("torch serves instead (slower): no C++ compiler: install g++")
 
 
 def test_doctor_asks_an_endpoint_only_when_told(monkeypatch):
