@@ -34,15 +34,24 @@ class Context:
     """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before."""
 
     engine: Engine
-    table: BlockTable
+    state: KVState  # of one row
     ids: list[int]
     computed: int = 0
     reused: int = 0
 
+    @property
+    def table(self) -> BlockTable:
+        return self.state.tables[0]
+
     def fork(self) -> Context:
-        """The same past, to go on from in another way. Nothing is copied until one of the two writes."""
+        """The same past, to go on from in another way: no page is copied until one of the two writes to it.
+
+        What is fed to it asks about the text rather than being part of it, which sparse methods distinguish.
+        """
         with self.engine.lock:
-            return Context(self.engine, self.table.fork(), list(self.ids), reused=len(self.ids))
+            state = self.state.fork()
+        state.reading = False
+        return Context(self.engine, state, list(self.ids), reused=len(self.ids))
 
     def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
         """Append tokens; returns the hidden state of the last, `[H]`.
@@ -64,13 +73,13 @@ class Context:
     def crop(self, tokens: int) -> None:
         """Forget all but the first `tokens`."""
         with self.engine.lock:
-            self.table.crop(tokens)
+            self.state.crop(len(self.ids) - tokens)
         del self.ids[tokens:]
 
     def close(self) -> None:
         """Let go of the pages."""
         with self.engine.lock:
-            self.table.close()
+            self.state.close()
 
 
 class Engine:
@@ -177,10 +186,15 @@ class Engine:
         `pads`: for each row, how many columns on the left are padding; only for contexts that are empty.
         """
         with self.lock, torch.inference_mode():
+            if len(contexts) == 1 and not pads:
+                return self.body.forward(ids, contexts[0].state)
             tables = [context.table for context in contexts]
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
-            return self.body.forward(ids, KVState(self.pool, tables, self.method, shifts))
+            hidden = self.body.forward(ids, KVState(self.pool, tables, self.method, shifts))
+            for context in contexts:
+                context.state.settle()
+            return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `[..., V]`."""
@@ -214,7 +228,8 @@ class Engine:
             except BaseException:
                 table.close()
                 raise
-            return Context(self, table, list(ids[:held]), reused=held)
+            state = KVState(self.pool, [table], self.method, [held])
+            return Context(self, state, list(ids[:held]), reused=held)
 
     def _load(self, block: Block) -> int | None:
         """A page with a block from the disk; the index holds it."""

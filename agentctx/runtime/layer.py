@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from agentctx.kernels.decode import dense_decode, sparse_decode
 from agentctx.kernels.prefill import dense_prefill, window_prefill
-from agentctx.kernels.records import Attention, BlockSelection, KVPages
+from agentctx.kernels.records import Attention, BlockSelection, BlockSummary, KVPages
 
 DECODE_TOKENS = 8  # a step of so many new tokens or fewer is decoding
 DECODE_ROWS = 64  # rows that the decode kernels pack: new tokens times query heads of a KV head
@@ -27,6 +28,11 @@ class Scoring:
     sinks: Tensor | None = None
 
 
+def unsummarised(kind: str) -> BlockSummary:
+    """What a pass without a store has instead of summaries: it never needs them, being dense."""
+    raise LookupError(f"no {kind} summary is kept here")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """Stored keys and values of one layer, for a batch: `table [B, NB]`, `lens [B]` with the new tokens."""
@@ -37,6 +43,8 @@ class LayerKV:
     lens: Tensor
     longest: int  # the largest of `lens`
     scoring: Scoring
+    reading: bool = True  # a text is being read, as opposed to asked about
+    summary: Callable[[str], BlockSummary] = unsummarised  # of a kind, current with the stored keys
 
     def exact(self, q: Tensor) -> Attention:
         """Dense attention of q `[B, Hq, T, D]`, within the layer's window if it has one; sinks not applied."""

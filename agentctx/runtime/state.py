@@ -8,17 +8,30 @@ says at which position its columns begin. It is negative for padding on the left
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from agentctx.kernels.records import Attention
+from agentctx.kernels.records import Attention, BlockSummary
 from agentctx.kernels.store import write_kv
-from agentctx.memory.kv.pool import PagePool
+from agentctx.kernels.summary import build_summary
+from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
 from agentctx.memory.kv.table import BlockTable, stacked
 from agentctx.runtime.layer import LayerKV, Scoring
 from agentctx.runtime.methods.dense import Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Summarised:
+    """A summary and how many tokens of every row it covers."""
+
+    summary: BlockSummary
+    tokens: int
+
+    def copy(self) -> Summarised:
+        return Summarised(replace(self.summary, data=self.summary.data.clone()), self.tokens)
 
 
 @dataclass
@@ -32,6 +45,8 @@ class KVState:
     method: Dense
     shifts: list[int]
     length: int = 0
+    reading: bool = True  # the tokens to come are a text to be read
+    summaries: dict[tuple[int, str], Summarised] = field(default_factory=dict)
     layer_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,8 +59,21 @@ class KVState:
             self._open(new)
         self.layer_lengths[layer] += new
         self._write(layer, k, v)
-        view = LayerKV(layer, self.pool.layers[layer], self._table, self._lens, self._longest, scoring)
-        return self.method.attend(q, view)
+        view = LayerKV(
+            layer,
+            self.pool.layers[layer],
+            self._table,
+            self._lens,
+            self._longest,
+            scoring,
+            self.reading,
+            partial(self._summary, layer),
+        )
+        return self.method.attend(q, view) if scoring.window is None else view.exact(q)
+
+    def settle(self) -> None:
+        """Go on from where the tables end: others may have appended to them."""
+        self.shifts = [table.tokens - self.length for table in self.tables]
 
     def positions(self, new: int) -> Tensor:
         """Positions of the next `new` columns, int64 `[B, new]`; 0 for padding."""
@@ -58,14 +86,34 @@ class KVState:
         self.layer_lengths = [self.length] * len(self.layer_lengths)
         for table, shift in zip(self.tables, self.shifts, strict=True):
             table.crop(max(0, self.length + shift))
+        least = min(table.tokens for table in self.tables)
+        self.summaries = {
+            key: Summarised(held.summary, min(held.tokens, least)) for key, held in self.summaries.items()
+        }
 
     def select(self, rows: Sequence[int]) -> None:
         """Replace the batch by these of its rows, some perhaps more than once; nothing is copied."""
         before = self.tables
         self.tables = [before[row].fork() for row in rows]
         self.shifts = [self.shifts[row] for row in rows]
+        self.summaries = {}  # they are in the order of the rows
         for table in before:
             table.close()
+
+    def fork(self) -> KVState:
+        """A second batch with the same past. Pages are shared; summaries, a few per cent of them, are
+        copied.
+        """
+        summaries = {key: held.copy() for key, held in self.summaries.items()}
+        return KVState(
+            self.pool,
+            [table.fork() for table in self.tables],
+            self.method,
+            list(self.shifts),
+            self.length,
+            self.reading,
+            summaries,
+        )
 
     def close(self) -> None:
         for table in self.tables:
@@ -85,6 +133,22 @@ class KVState:
         self._longest = max(after)
         self._table = stacked(self.tables).to(device)
         self.length += new
+
+    def _summary(self, layer: int, kind: str) -> BlockSummary:
+        """A summary of what a layer holds, brought up to date from the last block that it covers."""
+        held = self.summaries.get((layer, kind))
+        least = min(table.tokens for table in self.tables)
+        covered, before = (0, None) if held is None else (min(held.tokens, least), held.summary)
+        found = build_summary(
+            self.pool.layers[layer],
+            self._table,
+            self._lens,
+            kind,
+            first_block=covered // PAGE_TOKENS,
+            out=before,
+        )
+        self.summaries[layer, kind] = Summarised(found, least)
+        return found
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         pages = self.pool.layers[layer]
