@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # to a CPU build that is already offered or installed.
 TORCH := "torch>=2.11,<2.14"
 
-.PHONY: ask test lint model install clean
+.PHONY: ask test lint model bench-kernels install clean
 
 ask: $(VENV)/.installed
 	$(BIN)/agentctx models fetch smollm2
@@ -28,6 +28,10 @@ lint: $(VENV)/.tested
 
 model: $(VENV)/.tested
 	$(BIN)/agentctx models fetch smollm2
+
+# Options go into BENCH: make bench-kernels BENCH="--only decode --threads 2"
+bench-kernels: $(VENV)/.installed
+	$(BIN)/python benchmarks/kernels/table.py $(BENCH)
 
 install: $(VENV)/.tested
 

@@ -48,10 +48,11 @@ def block_scores(
 ) -> Tensor:
     """Score every block for every query: float32 `[B, Hkv, T, NB]`, or `[B, Hq, T, NB]` with `per_head`.
 
-    q `[B, Hq, T, D]`; `context_lens [B]` int32; NB is the capacity of the summary. The G query heads of a KV
-    head are united by `group`: "max", "mean" or "sum". Blocks past the context, or wholly after `q_pos [B, T]`
-    (int32, no limit if None), are -inf. Scores are scaled logits (`scale` defaults to `D ** -0.5`), except
-    those of `estimate="manhattan"`, which serve for ranking only. For prefill pass `pool_queries(q, block_q)`.
+    q `[B, Hq, T, D]`; `context_lens [B]` int32; NB is the capacity of the summary. The G query heads of a
+    KV head are united by `group`: "max", "mean" or "sum". Blocks past the context, or wholly after `q_pos
+    [B, T]` (int32, no limit if None), are -inf. Scores are scaled logits (`scale` defaults to `D ** -0.5`),
+    except those of `estimate="manhattan"`, which serve for ranking only. For prefill pass `pool_queries(q,
+    block_q)`.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit (kind "vmax" is no score),
     IndexError for a context that is negative or longer than the summary.

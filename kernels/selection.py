@@ -86,9 +86,9 @@ def resolve_pages(
 ) -> BlockSelection:
     """Look up the page of each listed block.
 
-    `blocks` int32 `[B, H, (M,) S]`; `counts` int32 `[B, H, (M,)]`; `block_table` int32 `[B, NB]`. Unused slots
-    get page 0. Raises ValueError for shapes or dtypes that do not fit, IndexError for a block outside the
-    table or a count outside 0 to S.
+    `blocks` int32 `[B, H, (M,) S]`; `counts` int32 `[B, H, (M,)]`; `block_table` int32 `[B, NB]`. Unused
+    slots get page 0. Raises ValueError for shapes or dtypes that do not fit, IndexError for a block outside
+    the table or a count outside 0 to S.
     """
     if not isinstance(blocks, Tensor):
         raise TypeError(f"blocks is {type(blocks).__name__}: an int32 tensor is needed")
@@ -117,10 +117,10 @@ def select_blocks(
     impl: str | None = None,
     validate: bool = False,
 ) -> BlockSelection:
-    """One list for each KV head, `[B, Hkv, k]`, for a decode step: score, unite the T rows by max, top-k, look up.
+    """One list for each KV head, `[B, Hkv, k]`, in one call of a decode step.
 
-    Equal to `block_scores`, `amax(2)`, `topk_blocks` over the blocks of the context and `resolve_pages`.
-    Raises what they raise.
+    Equal to `block_scores`, `amax(2)` over the T rows, `topk_blocks` over the blocks of the context and
+    `resolve_pages`. Raises what they raise.
     """
     scale = arguments(q, summary, context_lens, group, scale)
     checks.ints("block_table", block_table, (q.shape[0], -1), q.device)
@@ -152,6 +152,8 @@ def _scores(
         if n_blocks.dim() == 2 and scores.dim() == 3:
             raise ValueError(f"n_blocks is {list(n_blocks.shape)}: [{scores.shape[0]}] is needed")
         checks.ints("n_blocks", n_blocks, shape, scores.device)
+    elif not isinstance(n_blocks, int):
+        raise TypeError(f"n_blocks is {type(n_blocks).__name__}: an int or an int32 tensor is needed")
     elif not 0 <= n_blocks <= scores.shape[-1]:
         raise IndexError(f"n_blocks is {n_blocks}: there are scores for {scores.shape[-1]}")
     _options(k, sink, local, name)
@@ -160,6 +162,8 @@ def _scores(
 
 
 def _options(k: int, sink: int, local: int, name: str) -> None:
+    if not isinstance(k, int):
+        raise TypeError(f"{name} is {type(k).__name__}: an int is needed")
     if k < 1:
         raise ValueError(f"{name} is {k}: 1 or more is needed")
     if sink < 0 or local < 0:

@@ -144,7 +144,7 @@ def compare(
         call(0)
     times = interleaved(calls, threads=bench.threads, sets=sets, batch=batch, seconds=seconds)
     records = []
-    for each, baseline in [(each, baseline) for each in candidates for baseline in each.baselines]:
+    for each, baseline in ((one, other) for one in candidates for other in one.baselines):
         record: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
         record |= {"options": each.options, "impl": each.impl, "baseline": baseline}
         if each.name in errors:

@@ -36,8 +36,9 @@ def covered(q: Tensor, summary: BlockSummary) -> None:
 
 def share(q: Tensor, summary: BlockSummary) -> int:
     """Threads that a pass over the summary is worth."""
-    entries = summary.data.numel()
-    return threads.worth(entries * summary.data.element_size(), 2.0 * q.numel() // q.shape[0] * entries)
+    data = summary.data
+    rows = q.shape[1] // data.shape[1] * q.shape[2]
+    return threads.worth(data.numel() * data.element_size(), 2.0 * rows * data.numel())
 
 
 def block_scores(

@@ -17,7 +17,8 @@ def attend(
     if softcap > 0 or q.device.type != "cpu":
         return _spelled_out(q.float(), k.float(), v.float(), bias, scale, softcap)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, k, v, attn_mask=bias, scale=scale)
+    # Called directly it does not look at strides: a last dimension that is not contiguous gives wrong values.
+    out, lse = flash(q.contiguous(), k.contiguous(), v.contiguous(), attn_mask=bias, scale=scale)
     # Torch reports an lse of 0 for a row without keys.
     return out, lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
 

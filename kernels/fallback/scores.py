@@ -26,10 +26,12 @@ def block_scores(
     kv_heads, page = summary.data.shape[1], summary.page_tokens
     x = q.float().reshape(batch, kv_heads, heads // kv_heads * rows, size)
     found, step = _entries(x, summary, estimate, scale)
-    found = found.unflatten(2, (heads // kv_heads, rows))
+    found = found.view(batch, kv_heads, heads // kv_heads, rows, found.shape[-1])
     capacity = found.shape[-1] * step // page
     if bool(((context_lens < 0) | (context_lens > capacity * page)).any()):
-        raise IndexError(f"context_lens is {context_lens.tolist()}: the summary holds {capacity * page} tokens")
+        raise IndexError(
+            f"context_lens is {context_lens.tolist()}: the summary holds {capacity * page} tokens"
+        )
     limit = context_lens[:, None] if q_pos is None else context_lens[:, None].minimum(q_pos + 1)
     starts = torch.arange(found.shape[-1], device=q.device) * step
     hidden = (starts >= limit[..., None])[:, None, None]  # [B, 1, 1, T or 1, E]
@@ -40,21 +42,25 @@ def block_scores(
         found = pad(found, (1, 0), value=float("-inf")).unfold(-1, per + 1, per).amax(-1)
         found = found.masked_fill(hidden[..., ::per], float("-inf"))
     elif page > step:
-        found = found.unflatten(-1, (capacity, page)).amax(-1)
+        found = found.view(*found.shape[:-1], capacity, page).amax(-1)
     if per_head:
         return found.flatten(1, 2)
-    return {"max": found.amax, "mean": found.mean, "sum": found.sum}[group](2)
+    if group == "max":
+        return found.amax(2)
+    return found.mean(2) if group == "mean" else found.sum(2)
 
 
 def _entries(x: Tensor, summary: BlockSummary, estimate: str, scale: float) -> tuple[Tensor, int]:
     """Scores `[B, Hkv, G T, E]` of what a summary holds, and the tokens from one entry to the next."""
-    data, size = summary.data, x.shape[-1]
+    data = summary.data
     if summary.kind == "minmax":
         columns = data.float().flatten(3).transpose(2, 3) if data.dim() == 5 else data
         y = x * scale
         return torch.cat([y.clamp_min(0), y.clamp_max(0)], -1) @ columns, summary.page_tokens
     if summary.kind in ("mean", "submeans"):
-        return (x * scale) @ data.float().transpose(2, 3), 16 if summary.kind == "submeans" else summary.page_tokens
+        return (x * scale) @ data.float().transpose(
+            2, 3
+        ), 16 if summary.kind == "submeans" else summary.page_tokens
     rotated = _rotate(x)
     codes = torch.cat([(data >> (2 * part)) & 3 for part in range(4)], -1)
     if estimate == "manhattan":
@@ -69,17 +75,20 @@ def _entries(x: Tensor, summary: BlockSummary, estimate: str, scale: float) -> t
 
 def _rotate(x: Tensor) -> Tensor:
     """The orthonormal Walsh-Hadamard transform of the last dimension, in Sylvester's order."""
-    size, step = x.shape[-1], 1
-    while step < size:
-        even, odd = x.unflatten(-1, (-1, 2, step)).unbind(-2)
-        x = torch.stack([even + odd, even - odd], -2).flatten(-3)
+    shape, step = x.shape, 1
+    while step < shape[-1]:
+        even, odd = x.reshape(*shape[:-1], -1, 2, step).unbind(-2)
+        x = torch.stack([even + odd, even - odd], -2)
         step *= 2
-    return x * size**-0.5
+    unit: float = shape[-1] ** -0.5
+    return x.reshape(shape) * unit
 
 
 def pool_queries(q: Tensor, block_q: int) -> Tensor:
-    whole = q.shape[2] // block_q * block_q
-    pooled = q[:, :, :whole].unflatten(2, (-1, block_q)).mean(3, dtype=torch.float32)
-    if whole == q.shape[2]:
+    batch, heads, rows, size = q.shape
+    whole = rows // block_q * block_q
+    runs = q[:, :, :whole].reshape(batch, heads, rows // block_q, block_q, size)
+    pooled = runs.mean(3, dtype=torch.float32)
+    if whole == rows:
         return pooled
     return torch.cat([pooled, q[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)

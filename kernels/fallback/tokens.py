@@ -28,9 +28,9 @@ def token_decode(
     if limit == 0:
         live, token = live[..., :0], token[..., :0]
     head = torch.arange(kv.n_kv_heads, device=q.device)[:, None].expand(token.shape)
-    k, v = (x.to(q.dtype) for x in _taken(kv, token // kv.page_tokens, head, token % kv.page_tokens))
+    k, v = _taken(kv, token // kv.page_tokens, head, token % kv.page_tokens)
     bias = torch.where(live, 0.0, -torch.inf)
-    return pseudo_attention(q, k, v, bias, scale, softcap, out_dtype)
+    return pseudo_attention(q.to(k.dtype), k, v, bias, scale, softcap, out_dtype)
 
 
 def pseudo_attention(

@@ -47,13 +47,13 @@ def block_scores(
 
 
 def _entries(x: Tensor, summary: BlockSummary, estimate: str, scale: float) -> tuple[Tensor, int, int]:
-    """Scores `[B, Hkv, G, T, E]` of what a summary holds; entry e covers the tokens [e step, e step + tokens)."""
+    """Scores `[B, Hkv, G, T, E]` of what a summary holds; entry e covers `tokens` from `e step` on."""
     data, page, size = summary.data, summary.page_tokens, x.shape[-1]
     if summary.kind == "minmax":
         if data.dim() == 5:
             high, low = data.double().unbind(3)
         else:
-            high, low = data.double().unflatten(2, (2, size)).transpose(3, 4).unbind(2)
+            high, low = data.double().transpose(2, 3).split_with_sizes([size, size], 3)
         y = x.unsqueeze(4) * scale
         found = torch.maximum(y * high[:, :, None, None], y * low[:, :, None, None]).sum(-1)
         return found, page, page
@@ -78,11 +78,11 @@ def _rotation(size: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    root: float = size**0.5
+    return matrix / root
 
 
 def pool_queries(q: Tensor, block_q: int) -> Tensor:
-    runs = q.double().split(block_q, 2) if q.shape[2] else ()
-    pooled = [run.mean(2) for run in runs]
+    runs = [q[:, :, start : start + block_q].double().mean(2) for start in range(0, q.shape[2], block_q)]
     empty = q.new_zeros((*q.shape[:2], 0, q.shape[3]), dtype=torch.float32)
-    return torch.stack(pooled, 2).float() if pooled else empty
+    return torch.stack(runs, 2).float() if runs else empty

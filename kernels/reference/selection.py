@@ -44,7 +44,9 @@ def _lists(
             raise IndexError(f"n_blocks has {n}: there are scores for {scores.shape[-1]}")
         row = [-math.inf if math.isnan(x) else x for x in scores[tuple(at)].tolist()]
         forced = [i < sink or i >= n - local for i in range(n)]
-        order = sorted(range(n), key=lambda i: (forced[i], row[i], i), reverse=True)
+        order = sorted(
+            range(n), key=lambda i: (math.inf, 1, i) if forced[i] else (row[i], 0, i), reverse=True
+        )
         count = slots if p is None else max(_prefix([row[i] for i in order], p), sum(forced), least)
         chosen = sorted(order[: min(count, slots)])
         blocks[tuple(at)][: len(chosen)] = torch.tensor(chosen, dtype=torch.int32)

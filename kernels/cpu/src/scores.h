@@ -13,19 +13,14 @@ enum class Kind { minmax, mean, submeans, codes, manhattan };  // the order of c
 enum class Group { max, mean, sum };
 
 constexpr int64_t ROWS = 4;       // queries that share one pass over a piece of the summary
-constexpr int64_t AHEAD = 12;     // rows of minmax to ask the memory for in advance: they lie far apart
+constexpr int64_t TOGETHER = 4;   // rows of a minmax summary that are read together
+constexpr int64_t PIECE = 512;    // blocks that are scored together: their sums stay in the nearest cache
 constexpr float THRESHOLD = 0.98f;
 constexpr float INNER = 0.4528f, OUTER = 1.510f;  // means of a unit Gaussian in (0, 0.98) and beyond
 
 // NaN wins, as in torch.
 inline vf nan_max(vf a, vf b) { return select((a > b) | (a != a), a, b); }
 inline float nan_max(float a, float b) { return a > b || a != a ? a : b; }
-
-inline float dot_scalar(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
 
 // In place, orthonormal, in Sylvester's order; n a power of two.
 inline void hadamard_row(float* x, int64_t n) {
@@ -47,7 +42,7 @@ class Scorer {
         rows_(q.size(2)), size_(q.size(3)), group_size_(q.size(1) / data.size(1)),
         batch_stride_(data.stride(0) * data.element_size()), head_stride_(data.stride(1) * data.element_size()),
         stride_(data.stride(2)), scale_(float(scale)), narrow_(data.scalar_type() == at::kBFloat16) {
-    if (thresholds) thresholds_ = thresholds->const_data_ptr<float>();
+    if (thresholds) thresholds_ = thresholds->const_data_ptr<float>(), threshold_stride_ = thresholds->stride(0);
     step_ = kind_ == Kind::submeans ? 16 : kind_ >= Kind::codes ? 1 : page;
     capacity_ = kind_ == Kind::minmax ? data.size(3) : data.size(2) * step_ / page;
     bytes_ = size_ / 4;
@@ -117,7 +112,7 @@ class Scorer {
           codes_of(x, &own_[row * 2 * words_]);
         } else if (kind_ == Kind::codes) {
           hadamard_row(x, size_);
-          const float unit = scale_ * (thresholds_[h] / THRESHOLD);
+          const float unit = scale_ * (thresholds_[h * threshold_stride_] / THRESHOLD);
           for (int64_t d = 0; d < size_; ++d) x_[row * wide + d / bytes_ * width_ + d % bytes_] = x[d] * unit;
         } else {
           for (int64_t d = 0; d < size_; ++d) x[d] *= scale_;
@@ -127,15 +122,14 @@ class Scorer {
 
   // A query as codes, cut at its own root mean square, in the planes of `planes`.
   void codes_of(float* x, uint64_t* to) {
-    const float t = THRESHOLD * std::sqrt(dot_scalar(x, x, size_) / float(size_));
+    float squares = 0;
+    for (int64_t d = 0; d < size_; ++d) squares += x[d] * x[d];
+    const float t = THRESHOLD * std::sqrt(squares / float(size_));
     hadamard_row(x, size_);
-    uint8_t packed[64] = {};
-    std::vector<uint8_t> large;
-    uint8_t* at = packed;
-    if (words_ * 8 > 64) large.assign(words_ * 8, 0), at = large.data();
+    std::vector<uint8_t> packed(words_ * 8);
     for (int64_t d = 0; d < size_; ++d)
-      at[d % bytes_] |= uint8_t(((x[d] > -t) + (x[d] > 0) + (x[d] > t)) << (2 * (d / bytes_)));
-    for (int64_t w = 0; w < words_; ++w) planes(at + 8 * w, 8, to + 2 * w);
+      packed[d % bytes_] |= uint8_t(((x[d] > -t) + (x[d] > 0) + (x[d] > t)) << (2 * (d / bytes_)));
+    for (int64_t w = 0; w < words_; ++w) planes(&packed[8 * w], 8, to + 2 * w);
   }
 
   // Thermometer code of 32 codes: with high bit H and low bit L, the bits H | L, H & L, and H. The L1 distance of two
@@ -166,70 +160,74 @@ class Scorer {
   // minmax. A negative channel of a query meets the minimum, any other (NaN as well) the maximum, so half of the
   // products are with 0; rows of the summary that all queries of a pass multiply by 0 are not read.
   void bounds(const float* data, int64_t begin, int64_t end, int64_t total) {
-    const int64_t groups = (total + ROWS - 1) / ROWS;
-    at_.resize(groups * (2 * size_ + AHEAD));
-    weights_.resize(groups * 2 * size_ * ROWS);
+    const int64_t groups = (total + ROWS - 1) / ROWS, none = 2 * size_, room = none + 2 * TOGETHER;
+    picks_.resize(groups * room);
+    weights_.assign(total * (none + 1), 0.f);
     n_.resize(groups);
+    std::vector<float> used(none);
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = group * ROWS, n = std::min(ROWS, total - first);
-      int64_t* at = &at_[group * (2 * size_ + AHEAD)];
-      float* weight = &weights_[group * 2 * size_ * ROWS];
-      int64_t used = 0;
-      for (int64_t d = 0; d < 2 * size_; ++d) {
-        bool any = false;
-        for (int64_t r = 0; r < n; ++r) {
-          const float x = x_[(first + r) * size_ + (d < size_ ? d : d - size_)];
-          const float w = (x < 0) == (d >= size_) ? x : 0.f;
-          weight[used * n + r] = w;
-          any = any || w != 0.f;
+      std::fill(used.begin(), used.end(), 0.f);
+      for (int64_t row = group * ROWS; row < std::min((group + 1) * ROWS, total); ++row) {
+        const float* x = &x_[row * size_];
+        float *high = &weights_[row * (none + 1)], *low = high + size_;
+        for (int64_t d = 0; d < size_; ++d) {
+          high[d] = x[d] < 0 ? 0.f : x[d];
+          low[d] = x[d] < 0 ? x[d] : 0.f;
         }
-        if (any) at[used++] = d * stride_;
+        for (int64_t d = 0; d < none; ++d) used[d] += std::fabs(high[d]);
       }
-      n_[group] = used;
-      for (int64_t i = 0; i < AHEAD; ++i) at[used + i] = used ? at[used - 1] : 0;
+      int32_t* pick = &picks_[group * room];
+      int64_t n = 0;
+      for (int64_t d = 0; d < none; ++d) {
+        pick[n] = int32_t(d);
+        n += used[d] != 0.f;
+      }
+      n_[group] = (n + TOGETHER - 1) / TOGETHER * TOGETHER;
+      for (int64_t i = n; i < n_[group] + TOGETHER; ++i) pick[i] = int32_t(none);
     }
-    constexpr int64_t WIDE = 4 * LANES;
-    for (int64_t column = begin; column < end;) {
-      const bool wide = column + WIDE <= std::min(capacity_, (end + LANES - 1) / LANES * LANES);
+    for (int64_t column = begin; column < end; column += PIECE) {
+      const int64_t vectors = (std::min(PIECE, end - column) + LANES - 1) / LANES;
       for (int64_t group = 0; group < groups; ++group) {
-        const int64_t n = std::min(ROWS, total - group * ROWS);
-        const float* at = data + column;
-        if (wide) switch (n) {
-            case 1: dots<1, 4>(at, column, group); break;
-            case 2: dots<2, 4>(at, column, group); break;
-            case 3: dots<3, 4>(at, column, group); break;
-            default: dots<4, 4>(at, column, group);
-          }
-        else switch (n) {
-            case 1: dots<1, 1>(at, column, group); break;
-            case 2: dots<2, 1>(at, column, group); break;
-            case 3: dots<3, 1>(at, column, group); break;
-            default: dots<4, 1>(at, column, group);
-          }
+        const int32_t* pick = &picks_[group * room];
+        const float* weight = &weights_[group * ROWS * (none + 1)];
+        switch (std::min(ROWS, total - group * ROWS)) {
+          case 1: dots<1>(data + column, pick, weight, n_[group], vectors); break;
+          case 2: dots<2>(data + column, pick, weight, n_[group], vectors); break;
+          case 3: dots<3>(data + column, pick, weight, n_[group], vectors); break;
+          default: dots<4>(data + column, pick, weight, n_[group], vectors);
+        }
+        for (int64_t r = 0; r < std::min(ROWS, total - group * ROWS); ++r)
+          for (int64_t v = 0; v < vectors; ++v)
+            put(group * ROWS + r, column + v * LANES, load(sums_ + r * PIECE + v * LANES));
       }
-      column += wide ? WIDE : LANES;
     }
   }
 
-  // N queries by C vectors of 16 blocks.
-  template <int N, int C>
-  void dots(const float* data, int64_t column, int64_t group) {
-    const int64_t* at = &at_[group * (2 * size_ + AHEAD)];
-    const float* weight = &weights_[group * 2 * size_ * ROWS];
-    vf sum[N][C] = {};
-    for (int64_t i = 0; i < n_[group]; ++i) {
-      const float* row = data + at[i];
-      const float* next = data + at[i + AHEAD];
-      vf k[C];
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(next + c * LANES);
-        k[c] = load(row + c * LANES);
+  // N queries by `vectors` times 16 blocks, into sums_. Few rows of the summary at a time over many blocks: the rows
+  // lie far apart, and this way each is read as a stream. The next ones are fetched meanwhile.
+  template <int N>
+  void dots(const float* data, const int32_t* pick, const float* weight, int64_t n, int64_t vectors) {
+    const int64_t none = 2 * size_;  // the pick of padding: weight 0, any row
+    const auto at = [&](int64_t i) { return data + (pick[i] == none ? 0 : pick[i] * stride_); };
+    for (int r = 0; r < N; ++r) std::memset(sums_ + r * PIECE, 0, sizeof(vf) * vectors);
+    for (int64_t i = 0; i < n; i += TOGETHER) {
+      const float *row[TOGETHER], *next[TOGETHER];
+      vf w[TOGETHER][N];
+      for (int j = 0; j < TOGETHER; ++j) {
+        row[j] = at(i + j), next[j] = at(i + TOGETHER + j);
+        for (int r = 0; r < N; ++r) w[j][r] = splat(weight[r * (none + 1) + pick[i + j]]);
       }
-      for (int r = 0; r < N; ++r)
-        for (int c = 0; c < C; ++c) sum[r][c] += k[c] * weight[i * N + r];
+      for (int64_t v = 0; v < vectors * LANES; v += LANES) {
+        vf sum[N];
+        for (int r = 0; r < N; ++r) sum[r] = load(sums_ + r * PIECE + v);
+        for (int j = 0; j < TOGETHER; ++j) {
+          __builtin_prefetch(next[j] + v, 0, 2);
+          const vf k = load(row[j] + v);
+          for (int r = 0; r < N; ++r) sum[r] += k * w[j][r];
+        }
+        for (int r = 0; r < N; ++r) store(sums_ + r * PIECE + v, sum[r]);
+      }
     }
-    for (int r = 0; r < N; ++r)
-      for (int c = 0; c < C; ++c) put(group * ROWS + r, column + c * LANES, sum[r][c]);
   }
 
   // The other kinds: the best of the entries that touch a block, for N rows.
@@ -307,11 +305,14 @@ class Scorer {
   float scale_;
   bool narrow_;
   const float* thresholds_ = nullptr;
+  int64_t threshold_stride_ = 0;
   int64_t step_, capacity_, bytes_, width_, words_;
 
+  alignas(64) float sums_[ROWS * PIECE];
   std::vector<float> x_, weights_;
   std::vector<uint64_t> own_;
-  std::vector<int64_t> at_, n_;
+  std::vector<int32_t> picks_;
+  std::vector<int64_t> n_;
   float* out_ = nullptr;
   int64_t out_head_ = 0;
   const int64_t* limits_ = nullptr;
