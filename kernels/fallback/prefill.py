@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from agentctx.kernels.fallback import rows as attention
 from agentctx.kernels.fallback.gather import gather_pages
+from agentctx.kernels.fallback.rows import attend_rows, merge
 from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
 BLOCK_Q = 128
@@ -165,7 +165,7 @@ def _attend(
             if clipped or kv.page_valid is not None:
                 key = blocks[at, :count].long()[:, None, :, None] * page + slots
                 seen = by_validity(key < length, listed, True)
-            found = attention.attend(rows_q, *keys(listed, kv_heads), seen, scale, softcap)
+            found = attend_rows(rows_q, *keys(listed, kv_heads), seen, scale, softcap)
         if part.shape[2]:
             these = part[b, i]
             used = these < NONE
@@ -176,8 +176,8 @@ def _attend(
             if rule:
                 seen &= rule(position, key)
             seen = by_validity(seen, physical, False).repeat(1, group, 1)
-            near = attention.attend(rows_q, *keys(physical, kv_heads), seen, scale, softcap)
-            found = attention.merge(found, near) if found else near
+            near = attend_rows(rows_q, *keys(physical, kv_heads), seen, scale, softcap)
+            found = merge(found, near) if found else near
         if found:
             out[at], lse[at] = found[0].to(out_dtype), found[1]
     out = out.view(batch, lists, query_blocks, group, block_q, size).transpose(2, 3)

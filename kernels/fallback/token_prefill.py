@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentctx.kernels.fallback import rows as attention
 from agentctx.kernels.fallback.gather import gather_pages
+from agentctx.kernels.fallback.rows import attend_rows
 from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
 KEYS = 65_536  # gathered at a time, about 16 MB of float32 of size 64
@@ -25,7 +25,12 @@ def token_sparse_prefill(
     batch, heads, rows, size = q.shape
     lists, page = selection.counts.shape[1], kv.page_tokens
     dtype = torch.float32 if kv.quantised else q.dtype
-    items = q.to(dtype).reshape(batch, lists, heads // lists, rows, size).transpose(2, 3).reshape(-1, heads // lists, size)
+    items = (
+        q.to(dtype)
+        .reshape(batch, lists, heads // lists, rows, size)
+        .transpose(2, 3)
+        .reshape(-1, heads // lists, size)
+    )
     counts = selection.counts.flatten()
     out = torch.zeros(items.shape, dtype=out_dtype, device=q.device)
     lse = torch.full(items.shape[:2], -torch.inf, device=q.device)
@@ -49,7 +54,7 @@ def token_sparse_prefill(
             seen = torch.where(valid >= 0, slots < valid, seen)
         seen = (seen & live[..., None]).flatten(1)[:, None]
         keys = (x.reshape(len(at), -1, size).contiguous() for x in (k, v))
-        found = attention.attend(items[at], *keys, seen, scale, softcap)
+        found = attend_rows(items[at], *keys, seen, scale, softcap)
         out[at], lse[at] = found[0].to(out_dtype), found[1]
     shape = (batch, lists, rows, heads // lists)
     return Attention(

@@ -114,12 +114,12 @@ def by_query_block(
                 for i, one in enumerate(pages):
                     valid = -1 if kv.page_valid is None else int(kv.page_valid[one])
                     if valid >= 0:
-                        reached = torch.ones(seen.shape[0], dtype=torch.bool) if i < listed else seen[:, i].any(1)
+                        reached = (
+                            torch.ones(seen.shape[0], dtype=torch.bool) if i < listed else seen[:, i].any(1)
+                        )
                         seen[:, i] = reached[:, None] & (slots < valid)
                 parts = [held(one, head // group) for one in pages]
                 k, v = (torch.cat(side) for side in zip(*parts, strict=True))
                 rows_q = q[b, head, some].double()
-                out[b, head, some], lse[b, head, some] = attend(
-                    rows_q, k, v, seen.flatten(1), scale, softcap
-                )
+                out[b, head, some], lse[b, head, some] = attend(rows_q, k, v, seen.flatten(1), scale, softcap)
     return Attention(out.to(out_dtype), lse.float())
