@@ -32,10 +32,13 @@ def ints(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device)
     if value.dtype != torch.int32:
         raise ValueError(f"{name} is {value.dtype}: int32 is needed, {name}.to(torch.int32)")
     came = value.shape
-    if len(came) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, came, strict=True)):
+    fits = len(came) == len(shape)
+    for want, got in zip(shape, came, strict=False):
+        fits = fits and want in (-1, got)
+    if not fits:
         raise ValueError(f"{name} is {list(came)}: {list(shape)} is needed (-1 is any size)")
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, q on {device}: move one of them")
+        raise ValueError(f"{name} is on {value.device}, not on {device}: move it")
 
 
 def queries(q: Tensor, kv: KVPages) -> tuple[int, int, int]:
@@ -61,23 +64,29 @@ def pages(kv: KVPages) -> None:
     """Check that the tensors of a pool are those of its format."""
     if not isinstance(kv, KVPages):
         raise TypeError(f"kv is {type(kv).__name__}: KVPages is needed")
-    if kv.n_kv_heads < 1:
-        raise ValueError(f"kv has {kv.n_kv_heads} heads: at least one is needed")
-    page, size = kv.page_tokens, kv.head_dim
-    wanted = {
-        "paged": ((page, size), (page, size)),
-        "packed": ((page * size,), (page * size,)),
-        "int8": ((page, size), (size, page)),
-        "int4": ((page, size // 2), (size // 2, page)),
-    }.get(kv.format)
-    if wanted is None:
-        raise ValueError(f"kv has format {kv.format!r}: paged, packed, int8 or int4 is needed")
-    for name, x, shape in (("k", kv.k, wanted[0]), ("v", kv.v, wanted[1])):
-        if tuple(x.shape[2:]) != shape or x.shape[:2] != kv.k.shape[:2]:
-            head = [kv.n_pages, kv.n_kv_heads]
-            raise ValueError(f"kv.{name} is {list(x.shape)}: {[*head, *shape]} is needed for {kv.format}")
-        if not x[0, 0].is_contiguous() if x.shape[0] else False:
-            raise ValueError(f"kv.{name} has strides {x.stride()}: a page of a head must be contiguous")
+    page, size, format = kv.page_tokens, kv.head_dim, kv.format
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    if format == "paged":
+        k_shape = v_shape = (page, size)
+    elif format == "packed":
+        k_shape = v_shape = (page * size,)
+    elif format == "int8":
+        k_shape, v_shape = (page, size), (size, page)
+    elif format == "int4":
+        k_shape, v_shape = (page, size // 2), (size // 2, page)
+    else:
+        raise ValueError(f"kv has format {format!r}: paged, packed, int8 or int4 is needed")
+    lead = kv.k.shape[:2]
+    if lead[1:] < (1,):
+        raise ValueError(f"kv.k is {list(kv.k.shape)}: pages and at least one head are needed")
+    for name, x, shape in (("k", kv.k, k_shape), ("v", kv.v, v_shape)):
+        if x.shape != (*lead, *shape):
+            raise ValueError(f"kv.{name} is {list(x.shape)}: {[*lead, *shape]} is needed for {format}")
+        strides = x.stride()
+        plain = strides[-1] == 1 and (len(shape) == 1 or strides[2] == shape[1])
+        if not plain and x.shape[0] and not x[0, 0].is_contiguous():  # a dimension of 1 has any stride
+            raise ValueError(f"kv.{name} has strides {strides}: a page of a head must be contiguous")
     if (kv.format in ("int8", "int4")) != (kv.k_scale is not None and kv.v_scale is not None):
         raise ValueError(f"kv.k_scale and kv.v_scale belong to int8 and int4 pages, kv is {kv.format}")
 

@@ -9,9 +9,14 @@ from agentctx.kernels.linear import Int4Weight
 
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
-    rows = x.reshape(-1, weight.shape[1]).contiguous()
+    size, shape = weight.shape[0], x.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    if rows.dtype != torch.bfloat16 or not rows.is_contiguous():
+        rows = rows.to(torch.bfloat16).contiguous()
     if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+        return x.new_empty(*shape[:-1], size)
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
     found: Tensor = product(rows, weight.packed, weight.group, weight.scales)
-    return found.view(*x.shape[:-1], weight.shape[0])
+    if found.dtype != x.dtype:
+        found = found.to(x.dtype)
+    return found if x.dim() == 2 else found.view(*shape[:-1], size)

@@ -18,7 +18,7 @@ def dequantised(weight: Int4Weight) -> Tensor:
     unit = torch.eye(columns, dtype=torch.float32)
     bare = torch.tensor([1.0, 0.0]).expand(columns // weight.group, rows, 2).contiguous()
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    codes = product(unit, weight.packed, weight.group, bare).t().double()  # code - 8
+    codes: Tensor = product(unit, weight.packed, weight.group, bare).t().double()  # code - 8
     scale, zero = weight.scales.double().repeat_interleave(weight.group, 0).unbind(-1)
     return codes * scale.t() + zero.t()
 

@@ -31,13 +31,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     seed=st.integers(0, 2**16),
 )
 def test_agrees_with_the_product_in_float64(impl, dtype, group, rows, groups, lead, strided, seed):
-    weight = pack_int4(noise(16 * rows, group * groups, seed=seed), group=group, dtype=dtype)
+    weight = pack_int4(noise(16 * rows, group * groups, seed=seed), group=group)
     x = noise(*lead, group * groups * (2 if strided else 1), seed=seed + 1).to(dtype)
     x = x[..., ::2] if strided else x
     got = int4_linear(x, weight, impl=impl)
     want = int4_linear(x, weight, impl="reference")
     assert got.dtype == dtype and got.shape == (*lead, 16 * rows)
-    assert drawn.relative(got, want) <= drawn.RELATIVE[dtype]
+    assert drawn.relative(got, want) <= drawn.RELATIVE[torch.bfloat16]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -49,28 +49,23 @@ def test_a_weight_is_at_most_half_a_step_away(group, seed):
     groups = weight.view(32, 4, group)
     step = (groups.amax(2) - groups.amin(2)) / 15
     far = (values - weight).abs().view(32, 4, group).amax(2)
-    assert bool((far <= step / 2 * 1.001 + 1e-6).all())
+    rounding = (8 * step + (groups.amin(2) + 8 * step).abs()) * 2**-8  # of scale and zero to bfloat16
+    assert bool((far <= step / 2 + rounding + 1e-6).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_groups_of_a_file_are_repacked_without_loss(dtype):
-    codes = torch.randint(0, 16, (48, 96), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    scales, minima = noise(48, 3, seed=4).half().float(), (noise(48, 3, seed=5) * 0.5).half().float()
-    values = dequantised(pack_int4_groups(codes, scales, -8 * scales, dtype=dtype))
-    want = (codes.double() - 8) * scales.double().repeat_interleave(32, 1)
-    assert torch.equal(values, want), "Q4_0 has no minimum to round"
-    values = dequantised(pack_int4_groups(codes, scales, minima, dtype=dtype))
-    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(32, 1)
-    assert float((values - want).abs().max()) < 2e-2 * torch.finfo(dtype).eps / torch.finfo(torch.float16).eps
-
-
-def test_bfloat16_scales_cost_their_rounding_only():
+def test_groups_of_a_file_lose_only_the_rounding_of_their_scales():
     codes = torch.randint(0, 16, (48, 96), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     scales, minima = noise(48, 3, seed=4), noise(48, 3, seed=5)
+
+    def each(groups: torch.Tensor) -> torch.Tensor:
+        return groups.double().repeat_interleave(32, 1)
+
     values = dequantised(pack_int4_groups(codes, scales, minima))
-    want = codes.double() * scales.double().repeat_interleave(32, 1) + minima.double().repeat_interleave(32, 1)
     bound = (8 * scales.abs() + (minima + 8 * scales).abs()) * 2**-8
-    assert bool(((values - want).abs() <= bound.double().repeat_interleave(32, 1)).all())
+    assert bool(((values - (codes * each(scales) + each(minima))).abs() <= each(bound)).all())
+    short = scales.bfloat16().float()
+    values = dequantised(pack_int4_groups(codes, short, -8 * short))
+    assert torch.equal(values, (codes.double() - 8) * each(short)), "no minimum to round: exact"
 
 
 W = noise(32, 64)
@@ -87,7 +82,6 @@ CODES, GROUPS = torch.zeros(32, 64, dtype=torch.uint8), torch.zeros(32, 2)
         (lambda: pack_int4(W[0]), ValueError, r"weight is \[64\]"),
         (lambda: pack_int4(W.double()), ValueError, "weight is torch.float64"),
         (lambda: pack_int4(W, group=48), ValueError, "group is 48"),
-        (lambda: pack_int4(W, dtype=torch.float64), ValueError, "dtype is torch.float64"),
         (lambda: pack_int4_groups(CODES.int(), GROUPS, GROUPS), ValueError, "codes is torch.int32"),
         (lambda: pack_int4_groups(CODES + 16, GROUPS, GROUPS), ValueError, "codes reach 16"),
         (lambda: pack_int4_groups(CODES, GROUPS[:3], GROUPS), ValueError, "scales"),
@@ -95,7 +89,7 @@ CODES, GROUPS = torch.zeros(32, 64, dtype=torch.uint8), torch.zeros(32, 2)
         (lambda: pack_int4_groups(CODES, torch.zeros(32, 4), torch.zeros(32, 4)), ValueError, "group is 16"),
         (lambda: int4_linear(torch.zeros(2, 32), PACKED), ValueError, r"x is \[2, 32\], weight \[32, 64\]"),
         (lambda: int4_linear(torch.zeros(()), PACKED), ValueError, r"x is \[\]"),
-        (lambda: int4_linear(torch.zeros(2, 64).bfloat16(), PACKED), ValueError, "packed for torch.float32"),
+        (lambda: int4_linear(torch.zeros(2, 64).double(), PACKED), ValueError, "x is torch.float64"),
         (lambda: int4_linear(torch.zeros(2, 64), W), TypeError, "weight Tensor"),
         (lambda: int4_linear([1.0], PACKED), TypeError, "x is list"),
     ],
@@ -109,4 +103,4 @@ def test_the_record_holds_what_it_says():
     assert isinstance(PACKED, Int4Weight)
     assert PACKED.shape == (32, 64) and PACKED.group == 32
     assert PACKED.packed.dtype == torch.uint8 and PACKED.packed.numel() == 32 * 32
-    assert PACKED.scales.shape == (2, 32, 2)
+    assert PACKED.scales.shape == (2, 32, 2) and PACKED.scales.dtype == torch.bfloat16
