@@ -32,10 +32,9 @@ def ints(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device)
     if value.dtype != torch.int32:
         raise ValueError(f"{name} is {value.dtype}: int32 is needed, {name}.to(torch.int32)")
     came = value.shape
-    fits = len(came) == len(shape)
-    for want, got in zip(shape, came, strict=False):
-        fits = fits and want in (-1, got)
-    if not fits:
+    if came != shape and (  # the exact shape, the common case, costs one comparison
+        len(came) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, came, strict=True))
+    ):
         raise ValueError(f"{name} is {list(came)}: {list(shape)} is needed (-1 is any size)")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, not on {device}: move it")
@@ -64,31 +63,34 @@ def pages(kv: KVPages) -> None:
     """Check that the tensors of a pool are those of its format."""
     if not isinstance(kv, KVPages):
         raise TypeError(f"kv is {type(kv).__name__}: KVPages is needed")
-    page, size, format = kv.page_tokens, kv.head_dim, kv.format
-    k_shape: tuple[int, ...]
-    v_shape: tuple[int, ...]
-    if format == "paged":
-        k_shape = v_shape = (page, size)
-    elif format == "packed":
-        k_shape = v_shape = (page * size,)
-    elif format == "int8":
-        k_shape, v_shape = (page, size), (size, page)
-    elif format == "int4":
-        k_shape, v_shape = (page, size // 2), (size // 2, page)
-    else:
-        raise ValueError(f"kv has format {format!r}: paged, packed, int8 or int4 is needed")
-    lead = kv.k.shape[:2]
+    page, size, lead, device = kv.page_tokens, kv.head_dim, kv.k.shape[:2], kv.k.device
     if lead[1:] < (1,):
         raise ValueError(f"kv.k is {list(kv.k.shape)}: pages and at least one head are needed")
-    for name, x, shape in (("k", kv.k, k_shape), ("v", kv.v, v_shape)):
-        if x.shape != (*lead, *shape):
-            raise ValueError(f"kv.{name} is {list(x.shape)}: {[*lead, *shape]} is needed for {format}")
-        strides = x.stride()
-        plain = strides[-1] == 1 and (len(shape) == 1 or strides[2] == shape[1])
-        if not plain and x.shape[0] and not x[0, 0].is_contiguous():  # a dimension of 1 has any stride
-            raise ValueError(f"kv.{name} has strides {strides}: a page of a head must be contiguous")
+    if kv.format == "packed":
+        wanted = ((page * size,), (page * size,))
+    elif kv.format == "paged":
+        wanted = ((page, size), (page, size))
+    elif kv.format in ("int8", "int4"):
+        width = size if kv.format == "int8" else size // 2
+        wanted = ((page, width), (width, page))
+    else:
+        raise ValueError(f"kv has format {kv.format!r}: paged, packed, int8 or int4 is needed")
+    for name, x, shape in (("k", kv.k, wanted[0]), ("v", kv.v, wanted[1])):
+        if x.shape != lead + shape:
+            raise ValueError(f"kv.{name} is {list(x.shape)}: {[*lead, *shape]} is needed for {kv.format}")
+        # Strides are compared first: looking at a page of its own costs microseconds.
+        dense = (1,) if len(shape) == 1 else (shape[1], 1)
+        if x.stride()[2:] != dense and x.numel() and not x[0, 0].is_contiguous():
+            raise ValueError(f"kv.{name} has strides {x.stride()}: a page of a head must be contiguous")
     if (kv.format in ("int8", "int4")) != (kv.k_scale is not None and kv.v_scale is not None):
         raise ValueError(f"kv.k_scale and kv.v_scale belong to int8 and int4 pages, kv is {kv.format}")
+    for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+        if scale is not None and (scale.dtype != torch.bfloat16 or scale.shape != (*lead, size)):
+            raise ValueError(
+                f"kv.{name} is {scale.dtype} {list(scale.shape)}: bfloat16 {[*lead, size]} is needed"
+            )
+    if kv.page_valid is not None:
+        ints("kv.page_valid", kv.page_valid, (lead[0],), device)
 
 
 def attention_options(scale: float | None, softcap: float, out_dtype: torch.dtype | None, q: Tensor) -> float:

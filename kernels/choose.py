@@ -23,7 +23,6 @@ OPERATIONS = {
     "token_decode": "tokens",
     "pseudo_attention": "tokens",
     "merge_lse": "merge",
-    "dense_prefill": "prefill",
     "block_sparse_prefill": "prefill",
     "window_prefill": "prefill",
     "dense_prefill": "prefill",

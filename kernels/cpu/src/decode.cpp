@@ -10,7 +10,8 @@ namespace {
 
 constexpr int GROUP = 4;           // pages of one softmax step
 constexpr int WIDTH = GROUP * TILE;
-constexpr int64_t PART = 16;       // pages of a part, until there are MOST_PARTS
+constexpr int AHEAD = 4;           // tiles between the one that is read and the one that is asked for
+constexpr int64_t PART = 16;       // pages of a part, as long as there are no more parts than MOST_PARTS
 constexpr int64_t MOST_PARTS = 16;
 constexpr float LARGEST = 3e38f;   // a score that overflows stays finite: inf - inf is NaN
 
@@ -45,6 +46,7 @@ struct Page {
 struct Scratch {
   std::vector<char> bytes;
   std::vector<Page> pages;
+  std::vector<const char*> order;  // of the tiles, as they are read: K of a group, V of a group
   char* next = nullptr;
 
   void reserve(int64_t n) {
@@ -144,7 +146,8 @@ void attend(const Call& call, int64_t b, int64_t h, int64_t begin, int64_t end, 
   T* tile = scratch.take<T>(TILE * size);
   int8_t* bytes = scratch.take<int8_t>(TILE * size);
   for (int64_t r = 0; r < n; ++r) {
-    const T* from = (const T*)call.q + b * call.qb + (h * call.group + r / call.rows) * call.qh + r % call.rows * call.qt;
+    const int64_t head = h * call.group + r / call.rows, t = r % call.rows;
+    const T* from = (const T*)call.q + b * call.qb + head * call.qh + t * call.qt;
     for (int64_t d = 0; d < size; ++d) {
       if constexpr (std::is_same_v<W, T>) q[r * size + d] = from[d];
       else q[r * size + d] = to_float(from[d]);
@@ -157,14 +160,24 @@ void attend(const Call& call, int64_t b, int64_t h, int64_t begin, int64_t end, 
   const int64_t packed = pool.format == Format::int4 ? 2 : 1;  // codes of a byte
   const int64_t width = size / packed;
 
+  std::vector<const char*>& order = scratch.order;
+  order.clear();
   for (size_t g = 0; g < pages.size(); g += GROUP) {
     const size_t stop = std::min(g + GROUP, pages.size());
-    for (size_t i = g; i < stop; ++i) {
+    for (size_t i = g; i < stop; ++i) order.push_back(pages[i].k);
+    for (size_t i = g; i < stop; ++i) order.push_back(pages[i].v);
+  }
+  order.resize(order.size() + AHEAD, order.back());
+  for (int i = 0; i < AHEAD; ++i) prefetch(order[i], TILE * width * pool.k_bytes);
+  const char* const* ahead = order.data() + AHEAD;
+
+  for (size_t g = 0; g < pages.size(); g += GROUP) {
+    const size_t stop = std::min(g + GROUP, pages.size());
+    for (size_t i = g; i < stop; ++i, ++ahead) {
       const Page& page = pages[i];
-      const char* ahead = i + 1 < stop ? pages[i + 1].k : pages[g].v;
       float* at = s + (i - g) * TILE;
       if (codes && !page.tail) {
-        transpose_codes((const uint8_t*)page.k, TILE, width, bytes, TILE, packed == 2 ? width * TILE : 0, ahead);
+        transpose_codes((const uint8_t*)page.k, TILE, width, bytes, TILE, packed == 2 ? width * TILE : 0, *ahead);
         for (int64_t r = 0; r < n; ++r)
           for (int64_t d = 0; d < size; d += LANES)
             store(scaled + r * size + d, load(wide + r * size + d) * load(page.k_scale + d));
@@ -175,7 +188,7 @@ void attend(const Call& call, int64_t b, int64_t h, int64_t begin, int64_t end, 
         const T* k = (const T*)page.k;
         if (page.tail || pool.format == Format::paged) pack_k(k, size, tile), k = tile;
         by_rows(n, [&](int64_t r, auto R) {
-          tile_scores<T, R>(k, q + r * size, size, at + r * WIDTH, WIDTH, r ? (const char*)k : ahead);
+          tile_scores<T, R>(k, q + r * size, size, at + r * WIDTH, WIDTH, r ? (const char*)k : *ahead);
         });
       }
       if (page.masked)
@@ -214,12 +227,11 @@ void attend(const Call& call, int64_t b, int64_t h, int64_t begin, int64_t end, 
         for (int64_t d = 0; d < size; d += LANES) store(acc + r * size + d, load(acc + r * size + d) * keep);
     }
 
-    for (size_t i = g; i < stop; ++i) {
+    for (size_t i = g; i < stop; ++i, ++ahead) {
       const Page& page = pages[i];
-      const char* ahead = i + 1 < stop ? pages[i + 1].v : stop < pages.size() ? pages[stop].k : page.v;
       const float* at = s + (i - g) * TILE;
       if (codes && !page.tail) {
-        transpose_codes((const uint8_t*)page.v, width, TILE, bytes, size, packed == 2 ? width : 0, ahead);
+        transpose_codes((const uint8_t*)page.v, width, TILE, bytes, size, packed == 2 ? width : 0, *ahead);
         by_rows(n, [&](int64_t r, auto R) {
           add_values<int8_t, R>(bytes, at + r * WIDTH, WIDTH, size, acc + r * size, page.v_scale, nullptr);
         });
@@ -229,7 +241,8 @@ void attend(const Call& call, int64_t b, int64_t h, int64_t begin, int64_t end, 
         if (rows && sizeof(T) == 2) pack_v(v, size, tile), v = tile;
         constexpr int64_t ld = WIDTH * 4 / sizeof(W);
         by_rows(n, [&](int64_t r, auto R) {
-          add_values<T, R>(v, (const W*)(at + r * WIDTH), ld, size, acc + r * size, nullptr, r ? (const char*)v : ahead);
+          const char* next = r ? (const char*)v : *ahead;
+          add_values<T, R>(v, (const W*)(at + r * WIDTH), ld, size, acc + r * size, nullptr, next);
         });
       }
     }

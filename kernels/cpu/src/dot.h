@@ -6,6 +6,10 @@
 
 #include "tile.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace agentctx {
 
 #if defined(__AVX512F__)
@@ -35,6 +39,17 @@ using Operand = float;
 template <class T>
 constexpr int STEP = std::is_same_v<T, bf16> ? 2 : 1;  // channels of K, tokens of V, that lie together
 
+// Bytes to floats. Compilers take the portable form apart, element by element.
+inline nf widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (nf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load_as<nb>(p), ni), nf);
+#endif
+}
+
 // sum[r][n] += the STEP products of lane n of `tile` with those of row r, at `rows + r * ld`.
 template <class T, int R, int N>
 inline __attribute__((always_inline)) void multiply(nf (&sum)[R][N], const T* tile, const Operand<T>* rows,
@@ -53,19 +68,13 @@ inline __attribute__((always_inline)) void multiply(nf (&sum)[R][N], const T* ti
     } else {
       nf x;
       if constexpr (std::is_same_v<T, float>) x = load_as<nf>(tile + n * NATIVE);
-      else x = __builtin_convertvector(__builtin_convertvector(load_as<nb>(tile + n * NATIVE), ni), nf);
+      else x = widen(tile + n * NATIVE);
       for (int r = 0; r < R; ++r) sum[r][n] += x * rows[r * ld];
     }
   }
 }
 
-// Asks for the part of the next tile that lies where the loop stands in this one.
-template <int BYTES>
-inline __attribute__((always_inline)) void prefetch(const char* at) {
-  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i);
-}
-
-// s[r][t] = q[r] . k[t] over the 64 tokens of a tile. `ahead`: as many bytes that are read next.
+// s[r][t] = q[r] . k[t] over the 64 tokens of a tile. As many bytes at `ahead` are asked for; they are read soon.
 template <class T, int R>
 void tile_scores(const T* k, const Operand<T>* q, int64_t size, float* s, int64_t ld, const char* ahead) {
   constexpr int step = STEP<T>, strip = VECTORS * NATIVE, line = TILE * step * sizeof(T);
@@ -73,7 +82,7 @@ void tile_scores(const T* k, const Operand<T>* q, int64_t size, float* s, int64_
     nf sum[R][VECTORS] = {};
     for (int64_t d = 0; d < size; d += step) {
       if constexpr (!std::is_same_v<T, int8_t>) {
-        if (at == 0) prefetch<line>(ahead + d / step * line);
+        if (at == 0) prefetch(ahead + d / step * line, line);
       }
       multiply(sum, k + d * TILE + at * step, q + d, size);
     }
@@ -94,7 +103,7 @@ void add_channels(const T* v, const Operand<T>* p, int64_t ldp, int64_t size, in
       for (int n = 0; n < N; ++n) sum[r][n] = load_as<nf>(acc + r * size + c + n * NATIVE);
   for (int64_t t = 0; t < TILE; t += step) {
     const int64_t at = t * size + c * step;
-    if constexpr (!codes) prefetch<bytes>(ahead + at * sizeof(T));
+    if constexpr (!codes) prefetch(ahead + at * sizeof(T), bytes);
     multiply(sum, v + at, p + t, ldp);
   }
   for (int n = 0; n < N; ++n) {
