@@ -6,7 +6,8 @@
 #include <atomic>
 #include <numeric>
 
-#include "gemm.h"
+#include "brgemm.h"
+#include "softmax.h"
 #include "tile.h"
 
 namespace agentctx {
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int64_t STEP = 4;                      // key tiles between two updates of the softmax
 constexpr int64_t LD = STEP * TILE + LANES;      // of the scores; not a power of two: rows share no cache sets
-constexpr int64_t CHUNK = 48;                    // rows
+constexpr int64_t CHUNK = 96;                    // rows
 constexpr float STALE_MAX = 8.f;                 // the maximum may lag so far (base 2) before sums are rescaled
 constexpr int64_t BLOCK_Q = 128;                // positions of a task where no list says otherwise
 constexpr int64_t NO_WINDOW = int64_t(1) << 60;
@@ -91,9 +92,9 @@ struct Scratch {
   std::vector<Key> keys;
   float *q, *out, *top, *sum, *scores, *k, *v;
 
-  Scratch(int64_t rows, int64_t size) {
+  Scratch(int64_t rows, int64_t group, int64_t size) {
     const int64_t padded = (rows + LANES - 1) / LANES * LANES, tile = TILE * size;
-    const int64_t parts[] = {rows * size, rows * size, padded, padded, std::min(rows, CHUNK) * LD, STEP * tile,
+    const int64_t parts[] = {rows * size, rows * size, padded, padded, std::min(rows, std::max(CHUNK, group)) * LD, STEP * tile,
                              STEP * tile};
     lines.resize(std::accumulate(std::begin(parts), std::end(parts), int64_t(0)) / LANES);
     float* at = lines[0].words;
@@ -118,7 +119,8 @@ struct Mask {
   int valid(const Key& key) const { return call.pool.valid ? call.pool.valid[key.page] : -1; }
 
   Sight of(const Key& key) const {
-    if (const int n = valid(key); n >= 0) return n == 0 ? Sight::none : n >= TILE && key.listed ? Sight::all : Sight::some;
+    if (const int n = valid(key); n >= 0)
+      return n == 0 ? Sight::none : n >= TILE && key.listed ? Sight::all : Sight::some;
     const int64_t end = key.first + TILE;
     if (key.first >= limit(last)) return Sight::none;
     if (end - 1 <= first - call.window && key.first >= call.sinks) return Sight::none;
@@ -139,46 +141,6 @@ struct Mask {
       if (t >= upper || (t < lower && t >= sink)) scores[t] = NEG_INF;
   }
 };
-
-// c tanh(s / c), in base 2, of n scores.
-inline void cap(float* scores, int64_t n, float scale, float softcap) {
-  for (int64_t i = 0; i < n; i += LANES) {
-    vf x = load(scores + i) * (scale / softcap);
-    vf e = exp2((x < 0.f ? x : -x) * (2 * LOG2E));
-    vf y = (1.f - e) / (1.f + e) * (softcap * LOG2E);
-    store(scores + i, x < 0.f ? -y : y);
-  }
-}
-
-inline float row_max(const float* scores, int64_t n) {
-  vf a = load(scores), b = a;
-  for (int64_t i = LANES; i + LANES < n; i += 2 * LANES) {
-    a = vmax(a, load(scores + i));
-    b = vmax(b, load(scores + i + LANES));
-  }
-  a = vmax(a, load(scores + n - LANES));
-  return hmax(vmax(a, b));
-}
-
-// exp2(scale s - top) in place, as floats or as bfloat16 in the first half of the row. Returns the sum.
-inline float weigh(float* scores, int64_t n, float scale, float top, float*) {
-  vf sum{};
-  for (int64_t i = 0; i < n; i += LANES) {
-    vf p = exp2(load(scores + i) * scale - top);
-    sum += p;
-    store(scores + i, p);
-  }
-  return hsum(sum);
-}
-inline float weigh(float* scores, int64_t n, float scale, float top, Pair*) {
-  vf sum{};
-  for (int64_t i = 0; i < n; i += LANES) {
-    vf p = exp2(load(scores + i) * scale - top);
-    sum += p;
-    store((bf16*)scores + i, p);
-  }
-  return hsum(sum);
-}
 
 template <class T, class W>
 struct Task {
@@ -261,6 +223,11 @@ struct Task {
   // Rows of a chunk that starts at position r: head by head, `here` positions each.
   int64_t here(int64_t r) const { return std::min(span, rows - r); }
 
+  template <class From, class To>
+  void scaled(const From* from, float factor, To* to) const {
+    for (int64_t d = 0; d < call.pool.size; d += LANES) store(to + d, load(from + d) * factor);
+  }
+
   void load_rows(int64_t r, float sign) {
     const int64_t size = call.pool.size, n = here(r);
     const T* q = (const T*)call.q.const_data_ptr();
@@ -268,8 +235,8 @@ struct Task {
     S* to = (S*)scratch.q + r * group * size;
     for (int64_t g = 0; g < group; ++g)
       for (int64_t t = 0; t < n; ++t, to += size) {
-        const T* from = q + batch * call.q.stride(0) + (head + g) * call.q.stride(1) + (row + r + t) * call.q.stride(2);
-        for (int64_t d = 0; d < size; d += LANES) store(to + d, load(from + d) * sign);
+        const int64_t at = batch * call.q.stride(0) + (head + g) * call.q.stride(1) + (row + r + t) * call.q.stride(2);
+        scaled(q + at, sign, to);
       }
   }
 
@@ -282,9 +249,9 @@ struct Task {
       const Sight sight = mask.of(keys[i]);
       if (sight == Sight::none) continue;
       float* to = scratch.scores + seen * TILE;
-      product((const W*)scratch.q + at * words, words, m, k + i, 1, words, TILE, to, LD, false);
+      multiply((const W*)scratch.q + at * words, words, m, k + i, 1, words, TILE, to, LD, false);
       if (call.softcap > 0)
-        for (int64_t j = 0; j < m; ++j) cap(to + j * LD, TILE, sign_free(), call.softcap);
+        for (int64_t j = 0; j < m; ++j) soft_cap(to + j * LD, TILE, scale / LOG2E, call.softcap);
       if (sight == Sight::some)
         for (int64_t j = 0; j < m; ++j) mask.apply(keys[i], mask.first + j % width, to + j * LD);
       values[seen++] = v[i];
@@ -292,10 +259,8 @@ struct Task {
     if (seen == 0) return;
     const float factor = call.softcap > 0 ? 1.f : scale;
     for (int64_t j = 0; j < m; ++j) soften(at + j, scores(j), seen * TILE, factor);
-    product((const W*)scratch.scores, LD, m, values, seen, TILE / E, size, scratch.out + at * size, size, true);
+    multiply((const W*)scratch.scores, LD, m, values, seen, TILE / E, size, scratch.out + at * size, size, true);
   }
-
-  float sign_free() const { return scale / LOG2E; }
 
   // Scores of a row to weights; its sum, maximum and output follow.
   void soften(int64_t j, float* row_scores, int64_t n, float factor) {
@@ -307,12 +272,11 @@ struct Task {
         return;
       }
       const float shrink = exp2(top - found);
-      float* out = scratch.out + j * call.pool.size;
-      for (int64_t d = 0; d < call.pool.size; d += LANES) store(out + d, load(out + d) * shrink);
+      scaled(scratch.out + j * call.pool.size, shrink, scratch.out + j * call.pool.size);
       scratch.sum[j] *= shrink;
       top = found;
     }
-    scratch.sum[j] += weigh(row_scores, n, factor, top, (W*)nullptr);
+    scratch.sum[j] += weigh<W>(row_scores, n, factor, top);
   }
 
   void finish(int64_t r) {
@@ -324,9 +288,9 @@ struct Task {
         const float sum = scratch.sum[j], share = sum == 0 ? 0.f : 1.f / sum;
         const float* from = scratch.out + j * size;
         if (call.out.scalar_type() == at::kFloat)
-          for (int64_t d = 0; d < size; d += LANES) store((float*)call.out.data_ptr() + to * size + d, load(from + d) * share);
+          scaled(from, share, (float*)call.out.data_ptr() + to * size);
         else
-          for (int64_t d = 0; d < size; d += LANES) store((bf16*)call.out.data_ptr() + to * size + d, load(from + d) * share);
+          scaled(from, share, (bf16*)call.out.data_ptr() + to * size);
         call.lse.data_ptr<float>()[to] = sum == 0 ? NEG_INF : (scratch.top[j] + std::log2(sum)) * LN2;
       }
   }
@@ -336,11 +300,12 @@ struct Task {
 template <class T, class W>
 void run_all(const Call& call, int64_t threads) {
   const int64_t lists = call.q.size(0) * call.list_heads, blocks = (call.q.size(2) + call.block_q - 1) / call.block_q;
-  const int64_t rows = std::min(call.block_q, call.q.size(2)) * (call.q.size(1) / call.list_heads);
+  const int64_t group = call.q.size(1) / call.list_heads, rows = std::min(call.block_q, call.q.size(2)) * group;
   std::atomic<int64_t> next{0};
   threads = std::min(threads, lists * blocks);
   parallel(threads, threads, [&](int64_t, int64_t) {
-    Scratch scratch(rows, call.pool.size);
+    const Thread thread;
+    Scratch scratch(rows, group, call.pool.size);
     for (int64_t i; (i = next++) < lists * blocks;)
       Task<T, W>(call, scratch, i % lists / call.list_heads, i % call.list_heads, blocks - 1 - i / lists);
   });

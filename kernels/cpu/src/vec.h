@@ -101,28 +101,38 @@ inline float hsum(vf x) {
   return (a[0] + a[2]) + (a[1] + a[3]);
 }
 inline float hmax(vf x) {
-  float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 lo, hi;
+  std::memcpy(&lo, &x, 32);
+  std::memcpy(&hi, (char*)&x + 32, 32);
+  lo = lo > hi ? lo : hi;
+  v4 a, b;
+  std::memcpy(&a, &lo, 16);
+  std::memcpy(&b, (char*)&lo + 16, 16);
+  a = a > b ? a : b;
+  const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
+  return even > odd ? even : odd;
 }
 
 // 2 ** x, x <= 127. Exactly 0 below -125: gradual underflow costs several times the rest (no change of the
 // process's floating-point mode is needed then). Relative error below 2e-7. -inf gives 0, NaN stays NaN.
-inline vf exp2(vf x) {
-  vi tiny = x < -125.f;
-  vf whole = x + 12582912.f;  // 1.5 * 2**23: the integer nearest to x in the low bits
-  vf n = whole - 12582912.f;
-  vf f = x - n;  // [-0.5, 0.5]
-  vf p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
+template <class V, class I>
+inline V exp2_of(V x) {
+  I tiny = x < -125.f;
+  V whole = x + 12582912.f;  // 1.5 * 2**23: the integer nearest to x in the low bits
+  V n = whole - 12582912.f;
+  V f = x - n;  // [-0.5, 0.5]
+  V p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.f;
-  vi bits = (vi)p + (((vi)whole) << 23);
-  return tiny ? vf{} : (vf)bits;
+  I bits = (I)p + (((I)whole) << 23);
+  return tiny ? V{} : (V)bits;
 }
+inline vf exp2(vf x) { return exp2_of<vf, vi>(x); }
 inline float exp2(float x) { return x < -125.f ? 0.f : std::exp2(x); }
 
 // acc + the products of 16 pairs of bfloat16.
