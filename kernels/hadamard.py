@@ -2,13 +2,12 @@
 
     y = H x / sqrt(D),   H[i, j] = (-1) ** popcount(i & j)
 
-It is its own inverse and keeps dot products. Cost: `D log2 D` additions a vector, bound by memory. Limits: D a
-power of two.
+It is its own inverse and keeps dot products. Cost: `D log2 D` additions a vector, bound by memory. Limits:
+D a power of two.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from agentctx.kernels import checks, choose

@@ -1,8 +1,8 @@
-"""K-means over the keys of a fixed context: clusters become runs of pages that sparse attention reads as blocks.
+"""K-means over the keys of a fixed context: clusters become runs of pages that sparse attention reads.
 
-Lloyd's iterations from a seeded sample of the keys. Cost: `iterations 2 H N C D` FLOP, products that torch does
-at the speed of its matrix multiplication, and `H CHUNK C` floats of memory. Deterministic for a seed: sums are taken
-over tokens sorted by cluster, with no atomics. Limits: none; there is no C++ of its own.
+Lloyd's iterations from a seeded sample of the keys. Cost: `iterations 2 H N C D` FLOP, products that torch
+does at the speed of its matrix multiplication, and `H CHUNK C` floats of memory. Deterministic for a seed:
+sums are taken over tokens sorted by cluster, with no atomics. Limits: none; there is no C++ of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def kmeans_centroids(
 ) -> Centroids:
     """Cluster the keys `k [H, N, D]` of each head.
 
-    "cosine" assigns a key to the centroid of the largest cosine, "euclidean" to the nearest; a centroid is the
-    mean of its keys as they are. A cluster that lost its last key takes, from the clusters that have two or
-    more, the key that fits worst; so none is empty. `seed` draws the keys to start from. Returns `centroids [H,
-    n_clusters, D]` float32, `assignment [H, N]`, `order [H, N]` and `offsets [H, n_clusters + 1]`, int32.
+    "cosine" assigns a key to the centroid of the largest cosine, "euclidean" to the nearest; a centroid is
+    the mean of its keys as they are. A cluster that lost its last key takes, from the clusters that have
+    two or more, the key that fits worst; so none is empty. `seed` draws the keys to start from. Returns
+    `centroids [H, n_clusters, D]` float32, `assignment [H, N]`, `order [H, N]` and `offsets [H, n_clusters
+    + 1]`, int32.
 
     Raises ValueError for `n_clusters` below 1 or above N, iterations below 1, another metric or dtype.
     """

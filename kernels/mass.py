@@ -2,10 +2,11 @@
 
     mass[n] = sum over heads h and rows t of heads[h] exp(s[h, t, n] - lse[h, t]),   s the scaled scores
 
-Two passes over K, none over V: the first finds the lse of every row, the second adds up the columns; with `lse`
-given the first is skipped. The matrix of T x N scores never exists. Cost of a pass, B = 1: `2 Hq T N D` FLOP and
-`Hkv N D bytes(K)`; bound by arithmetic from some ten rows on. Sums have a fixed order, so results are reproducible
-and do not depend on the number of threads. Limits: C++ serves pages of 64 in float32, bfloat16, int8 and int4.
+Two passes over K, none over V: the first finds the lse of every row, the second adds up the columns; with
+`lse` given the first is skipped. The matrix of T x N scores never exists. Cost of a pass, B = 1: `2 Hq T N
+D` FLOP and `Hkv N D bytes(K)`; bound by arithmetic from some ten rows on. Sums have a fixed order, so
+results are reproducible and do not depend on the number of threads. Limits: C++ serves pages of 64 in
+float32, bfloat16, int8 and int4.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def attention_mass(
     """The attention that each token (`per="token"`) or block (`per="block"`) gets from all rows of q.
 
     q `[B, Hq, T, D]`; `block_table [B, NB]`, `context_lens [B]` int32. Row t stands at `q_pos[b, t]`, int32
-    `[B, T]`, by default at `context_lens - T + t`, and sees no later key. `heads [Hq]` float32 weighs the heads (0
-    leaves one out). `lse [B, Hq, T]` float32 of a forward pass that may have seen more keys makes the masses
-    shares of that whole; without it the masses of a sequence sum to the weights of its rows that see a key.
-    Returns float32 `[B, N]`, N = NB page_tokens, or `[B, NB]`; with `per_head` `[B, Hq, ...]`, weighed but not
-    added up. Tokens past the context have mass 0.
+    `[B, T]`, by default at `context_lens - T + t`, and sees no later key. `heads [Hq]` float32 weighs the
+    heads (0 leaves one out). `lse [B, Hq, T]` float32 of a forward pass that may have seen more keys makes
+    the masses shares of that whole; without it the masses of a sequence sum to the weights of its rows that
+    see a key. Returns float32 `[B, N]`, N = NB page_tokens, or `[B, NB]`; with `per_head` `[B, Hq, ...]`,
+    weighed but not added up. Tokens past the context have mass 0.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit; with `validate` IndexError for a
     page that does not exist or NaN in `lse`; KernelUnavailable when a forced `impl` cannot run.
@@ -71,10 +72,11 @@ def attention_mass(
 
 
 def span_sums(mass: Tensor, spans: Tensor, *, impl: str | None = None, validate: bool = False) -> Tensor:
-    """Add up `mass [B, N]` float32 over half-open token ranges, `spans [n, 2]` int32; returns `[B, n]` float32.
+    """Add up `mass [B, N]` float32 over half-open token ranges, `spans [n, 2]` int32; returns `[B, n]`
+    float32.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit; with `validate` IndexError for a span that
-    does not lie within 0 to N or ends before it starts.
+    Raises ValueError for shapes, dtypes or devices that do not fit; with `validate` IndexError for a span
+    that does not lie within 0 to N or ends before it starts.
     """
     checks.tensor("mass", mass, 2)
     if mass.dtype != torch.float32:
@@ -84,6 +86,8 @@ def span_sums(mass: Tensor, spans: Tensor, *, impl: str | None = None, validate:
         start, end = spans.unbind(1)
         if bool((bad := (start < 0) | (end < start) | (end > mass.shape[1])).any()):
             i = int(bad.nonzero()[0])
-            raise IndexError(f"spans[{i}] is {spans[i].tolist()}: ascending within 0 to {mass.shape[1]} is needed")
+            raise IndexError(
+                f"spans[{i}] is {spans[i].tolist()}: ascending within 0 to {mass.shape[1]} is needed"
+            )
     sums: Tensor = choose.run("span_sums", impl, mass.device, mass, spans)
     return sums

@@ -9,8 +9,8 @@ hadamard2   two bits for each channel of every rotated key: `(x > -t) + (x > 0) 
 
 Built from the pages once, and from `first_block` on when tokens were added. Cost: the bytes of K (vmax: V) of
 those blocks, one or two FLOP an element (hadamard2: `log2 D` more); bound by memory. The layouts are those of
-`records.BlockSummary`, in the logical order of the blocks. Limits: hadamard2 needs D a power of two, 4 or more;
-C++ serves pages of 64 in float32, bfloat16, int8 and int4.
+`records.BlockSummary`, in the logical order of the blocks. Limits: hadamard2 needs D a power of two, 4 or
+more; C++ serves pages of 64 in float32, bfloat16, int8 and int4.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def build_summary(
     """Summarise the blocks from `first_block` to the end of each sequence.
 
     `block_table [B, NB]`, `context_lens [B]` int32. A block that is not full is summarised over its tokens.
-    `out`, a summary of the same kind, is updated in place and returned; when the table has outgrown it, a larger
-    copy is returned. The blocks before `first_block` stay as they are, but for the sub-block mean that reaches
-    into it; blocks past the context are not written (zero in a new summary). `thresholds [Hkv]` float32, for
-    hadamard2: default those of `out`, else 0.98 of the standard deviation of the rotated keys that this call
-    reads; the used ones are in `scale` of the result. Means have the dtype of k, of quantised pages bfloat16;
-    extremes are exact (on a GPU those of quantised pages are float32).
+    `out`, a summary of the same kind, is updated in place and returned; when the table has outgrown it, a
+    larger copy is returned. The blocks before `first_block` stay as they are, but for the sub-block mean
+    that reaches into it; blocks past the context are not written (zero in a new summary). `thresholds
+    [Hkv]` float32, for hadamard2: default those of `out`, else 0.98 of the standard deviation of the
+    rotated keys that this call reads; the used ones are in `scale` of the result. Means have the dtype of
+    k, of quantised pages bfloat16; extremes are exact (on a GPU those of quantised pages are float32).
 
     Raises ValueError for an unknown kind, or shapes, dtypes, devices and options that do not fit; with
     `validate` IndexError for a page that does not exist; KernelUnavailable when a forced `impl` cannot run.
@@ -100,7 +100,9 @@ def _storage(kv: KVPages, kind: str, batch: int, blocks: int, out: BlockSummary 
         wanted = f"{kind} {dtype} {list(shape)} of pages of {kv.page_tokens}"
         raise ValueError(f"out is {came}: {wanted} is needed (more blocks are fine)")
     if had.device != device or not had.is_contiguous():
-        raise ValueError(f"out.data is on {had.device}, strides {had.stride()}: contiguous on {device} is needed")
+        raise ValueError(
+            f"out.data is on {had.device}, strides {had.stride()}: contiguous on {device} is needed"
+        )
     if had.shape[axis] >= shape[axis]:
         return had
     grown = torch.zeros(shape, dtype=dtype, device=device)

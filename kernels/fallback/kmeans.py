@@ -38,7 +38,7 @@ def _assign(points: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Ten
         # |k - c|^2 without |k|^2, which no choice among centroids needs; added back where keys are compared
         to, bias = centroids, centroids.square().sum(2)[:, None]
     best, chosen = [], []
-    for part in points.split(CHUNK, dim=1):
+    for part in torch.split(points, CHUNK, dim=1):
         fits = part @ to.transpose(1, 2)
         if bias is not None:
             fits = 2 * fits - bias - part.square().sum(2, keepdim=True)

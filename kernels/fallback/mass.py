@@ -28,16 +28,17 @@ def attention_mass(
 ) -> Tensor:
     batch, n_heads, rows, _ = q.shape
     blocks, kv_heads = block_table.shape[1], kv.n_kv_heads
+    group = n_heads // kv_heads
     if q_pos is None:
         q_pos = context_lens[:, None] - rows + torch.arange(rows, device=q.device)
-    x = (q.float() * scale).reshape(batch, kv_heads, -1, q.shape[3])  # the G heads' rows together
+    x = (q.float() * scale).reshape(batch, kv_heads, group * rows, q.shape[3])  # the G heads' rows together
 
     def scores() -> Iterator[Tensor]:
         """Scores `[B, Hkv, G, T, n, page]` of one chunk of blocks after the other, -inf where unseen."""
         for start in range(0, blocks, CHUNK):
             pages, held = held_tokens(kv, block_table[:, start : start + CHUNK], context_lens, start)
             k = gathered(kv, pages, "k").transpose(1, 2).flatten(2, 3)
-            s = (x @ k.transpose(2, 3)).unflatten(3, (-1, kv.page_tokens)).unflatten(2, (-1, rows))
+            s = (x @ k.transpose(2, 3)).view(batch, kv_heads, group, rows, pages.shape[1], kv.page_tokens)
             if softcap:
                 s = softcap * torch.tanh(s / softcap)
             inside = torch.arange(kv.page_tokens, device=q.device)
@@ -52,7 +53,7 @@ def attention_mass(
         parts = [s.flatten(4).logsumexp(-1) for s in scores()]
         whole = torch.stack(parts).logsumexp(0) if parts else x.new_zeros(batch, kv_heads, 1, rows)
     else:
-        whole = lse.unflatten(1, (kv_heads, -1))
+        whole = lse.reshape(batch, kv_heads, group, rows)
     weight = torch.ones(n_heads, device=q.device) if heads is None else heads
     rows_weight = weight.view(1, kv_heads, -1, 1).where(~whole.isinf(), 0)
     whole = whole.where(~whole.isinf(), 0)

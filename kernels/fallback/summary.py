@@ -25,7 +25,7 @@ def gathered(kv: KVPages, pages: Tensor, which: str) -> Tensor:
         some = replace(kv, k=kv.k[ids if which == "k" else none], v=kv.v[ids if which == "v" else none])
         some = unpack_pages(some) if kv.format == "packed" else some
         x = (some.v if which == "v" else some.k).float()
-    return x.unflatten(0, tuple(pages.shape))
+    return x.view(*pages.shape, *x.shape[1:])
 
 
 def held_tokens(kv: KVPages, table: Tensor, lens: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,8 @@ def build_summary(
         else:
             assert thresholds is not None
             codes = _codes(x, thresholds).masked_fill(~live, 0)
-            part = data[:, :, start * kv.page_tokens : end * kv.page_tokens].unflatten(2, (n, kv.page_tokens))
+            part = data[:, :, start * kv.page_tokens : end * kv.page_tokens]
+            part = torch.unflatten(part, 2, (n, kv.page_tokens))
             _put(part, codes, any_live[..., None])
     return thresholds
 
@@ -94,8 +95,8 @@ def _put(part: Tensor, found: Tensor, known: Tensor) -> None:
 
 
 def _submeans(x: Tensor, live: Tensor, n: int, part: Tensor) -> None:
-    groups = x.masked_fill(~live, 0).unflatten(3, (-1, 16)).sum(4).flatten(2, 3)
-    counts = live.unflatten(3, (-1, 16)).sum(4).flatten(2, 3)
+    groups = torch.unflatten(x.masked_fill(~live, 0), 3, (-1, 16)).sum(4).flatten(2, 3)
+    counts = torch.unflatten(live, 3, (-1, 16)).sum(4).flatten(2, 3)
     pad = (0, 0, 0, 1)
     pairs = groups + torch.nn.functional.pad(groups, pad)[:, :, 1:]
     seen = counts + torch.nn.functional.pad(counts, pad)[:, :, 1:]
@@ -129,4 +130,5 @@ def _thresholds(kv: KVPages, table: Tensor, lens: Tensor, first: int) -> Tensor:
         sums += x[..., 0].sum((0, 1, 3))
     elements = count.clamp_min(1) * kv.head_dim
     mean = sums * kv.head_dim**0.5 / elements
-    return (0.98 * (squares / elements - mean.square()).clamp_min(0).sqrt()).float()
+    variance: Tensor = (squares / elements - mean.square()).clamp_min(0)
+    return (0.98 * variance.sqrt()).float()

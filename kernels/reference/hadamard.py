@@ -13,4 +13,5 @@ def matrix(size: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    return (x.double() @ matrix(x.shape[-1]).to(x.device)).to(x.dtype)
+    rotated: Tensor = x.double() @ matrix(x.shape[-1]).to(x.device)
+    return rotated.to(x.dtype)

@@ -28,7 +28,8 @@ def attention_mass(
     for b, length in enumerate(context_lens.tolist()):
         for t in range(rows):
             position = length - rows + t if q_pos is None else int(q_pos[b, t])
-            keys, columns = [], []
+            keys: list[Tensor] = []
+            columns: list[int] = []
             for i in range(-(-length // page)):
                 k, _ = tokens(kv, block_table[b], length, i)
                 ordered = kv.page_valid is None or int(kv.page_valid[block_table[b, i]]) < 0
@@ -49,7 +50,7 @@ def attention_mass(
         mass = mass * heads.double()[:, None]
     if not per_head:
         mass = mass.sum(1)
-    return (mass if per == "token" else mass.unflatten(-1, (blocks, page)).sum(-1)).float()
+    return (mass if per == "token" else mass.view(*mass.shape[:-1], blocks, page).sum(-1)).float()
 
 
 def span_sums(mass: Tensor, spans: Tensor) -> Tensor:

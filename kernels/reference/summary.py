@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,9 @@ def tokens(kv: KVPages, table: Tensor, length: int, block: int) -> tuple[Tensor,
     if kv.quantised:
         k, v = dequantize_pages(kv, torch.tensor([page], device=table.device), torch.float32)
         return k[0, :, :held].double(), v[0, :, :held].double()
-    pages = unpack_pages(kv) if kv.format == "packed" else kv
-    return pages.k[page, :, :held].double(), pages.v[page, :, :held].double()
+    one = replace(kv, k=kv.k[page : page + 1], v=kv.v[page : page + 1])
+    one = unpack_pages(one) if kv.format == "packed" else one
+    return one.k[0, :, :held].double(), one.v[0, :, :held].double()
 
 
 def build_summary(
@@ -44,7 +47,7 @@ def build_summary(
     if kind == "hadamard2" and thresholds is None:
         thresholds = _thresholds([k for k, _ in blocks.values()], kv)
     for (b, i), (k, v) in blocks.items():
-        if k.shape[1] == 0:
+        if k.shape[1] == 0 and kind != "submeans":
             continue
         if kind == "minmax":
             high, low = k.amax(1), k.amin(1)
@@ -59,13 +62,16 @@ def build_summary(
         elif kind == "submeans":
             after = blocks[b, i + 1][0] if (b, i + 1) in blocks else k[:, :0]
             for w in range(page // 16):
-                seen = torch.cat([k[:, 16 * w : 16 * w + 32], after[:, : 16 if w == page // 16 - 1 else 0]], 1)
+                seen = torch.cat(
+                    [k[:, 16 * w : 16 * w + 32], after[:, : 16 if w == page // 16 - 1 else 0]], 1
+                )
                 if seen.shape[1]:
                     data[b, :, i * page // 16 + w] = seen.mean(1)
         else:
             assert thresholds is not None
             x, t = k @ matrix(size).to(k.device), thresholds.double().view(-1, 1, 1)
-            codes = ((x > -t).int() + (x > 0).int() + (x > t).int()).unflatten(2, (4, size // 4))
+            codes = (x > -t).int() + (x > 0).int() + (x > t).int()
+            codes = codes.view(*codes.shape[:2], 4, size // 4)
             shifts = torch.tensor([0, 2, 4, 6], device=k.device).view(4, 1)
             data[b, :, i * page : (i + 1) * page] = 0
             data[b, :, i * page : i * page + k.shape[1]] = (codes << shifts).sum(2).to(torch.uint8)

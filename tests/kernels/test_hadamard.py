@@ -14,7 +14,9 @@ IMPLEMENTATIONS = drawn.implementations("hadamard")
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1,), (3, 2), (5, 16), (2, 3, 32), (0, 64), (7, 64), (2, 2, 128), (3, 256), (2, 2048)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (3, 2), (5, 16), (2, 3, 32), (0, 64), (7, 64), (2, 2, 128), (3, 256), (2, 512)]
+)
 def test_agrees_with_the_matrix(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     if impl.startswith("cpp") and (dtype == torch.float16 or not 16 <= shape[-1] <= 1024):

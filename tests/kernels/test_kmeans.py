@@ -25,7 +25,9 @@ def assert_consistent(found: Centroids, k: Tensor) -> None:
             members = found.order[h, found.offsets[h, c] : found.offsets[h, c + 1]].long()
             assert len(members) > 0, f"cluster {c} is empty"
             assert bool((found.assignment[h, members] == c).all())
-            torch.testing.assert_close(found.centroids[h, c], k[h, members].float().mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found.centroids[h, c], k[h, members].float().mean(0), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -152,7 +152,10 @@ def test_strided_pools_and_tables(impl: str) -> None:
     for kind in KINDS:
         thresholds = torch.ones(3) if kind == "hadamard2" else None
         want = build_summary(kv, table, lens, kind, thresholds=thresholds, impl="reference").data
-        assert drawn.relative(build_summary(kv, table, lens, kind, thresholds=thresholds, impl=impl).data, want) < 1e-5
+        assert (
+            drawn.relative(build_summary(kv, table, lens, kind, thresholds=thresholds, impl=impl).data, want)
+            < 1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +214,9 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="out is mean"):
         build_summary(*ask, "vmax", out=made)
     with pytest.raises(ValueError, match="out.data"):
-        build_summary(*ask, "mean", out=replace(made, data=made.data.transpose(2, 3).contiguous().transpose(2, 3)))
+        build_summary(
+            *ask, "mean", out=replace(made, data=made.data.transpose(2, 3).contiguous().transpose(2, 3))
+        )
     with pytest.raises(ValueError, match="thresholds belong to hadamard2"):
         build_summary(*ask, "mean", thresholds=torch.ones(2))
     with pytest.raises(ValueError, match="thresholds is torch.float32"):
