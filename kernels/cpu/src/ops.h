@@ -1,8 +1,14 @@
 // What every file of operators needs: registration under the level's name, checks, and one parallel loop.
 #pragma once
 
-#include <ATen/ATen.h>
+// Only the operators in use: all of ATen would double the time to compile a file.
+#define AT_PER_OPERATOR_HEADERS
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "vec.h"
