@@ -13,7 +13,7 @@ SMALLEST = torch.finfo(torch.bfloat16).tiny
 
 def _codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """int8 codes `[P, H, page, D]` and scales `[P, H, D]`, of values in the order (page, D)."""
-    x = x.float()
+    x = x.float().contiguous()  # heads may be strided, pages may not
     scale = (x.abs().amax(2) / LARGEST[bits]).to(torch.bfloat16)
     scale = torch.where(scale < SMALLEST, 0.0, scale)
     step = scale.float().unsqueeze(2)
