@@ -66,6 +66,7 @@ def pages(kv: KVPages) -> None:
     page, size, lead, device = kv.page_tokens, kv.head_dim, kv.k.shape[:2], kv.k.device
     if lead[1:] < (1,):
         raise ValueError(f"kv.k is {list(kv.k.shape)}: pages and at least one head are needed")
+    wanted: tuple[tuple[int, ...], tuple[int, ...]]
     if kv.format == "packed":
         wanted = ((page * size,), (page * size,))
     elif kv.format == "paged":

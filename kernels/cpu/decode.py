@@ -29,9 +29,23 @@ def dense_decode(
     softcap: float,
     out_dtype: torch.dtype,
 ) -> Attention:
-    lists = (block_table, None, None, kv.n_kv_heads)
-    options = (first_pos, sink_tokens, tail, splits, scale, softcap, out_dtype)
-    return _decode(lib, q, kv, *lists, context_lens, *options)
+    return _decode(
+        lib,
+        q,
+        kv,
+        block_table,
+        None,
+        None,
+        kv.n_kv_heads,
+        context_lens,
+        first_pos,
+        sink_tokens,
+        tail,
+        splits,
+        scale,
+        softcap,
+        out_dtype,
+    )
 
 
 def sparse_decode(
@@ -48,9 +62,23 @@ def sparse_decode(
     softcap: float,
     out_dtype: torch.dtype,
 ) -> Attention:
-    lists = (selection.pages, selection.blocks, selection.counts, selection.pages.shape[1])
-    options = (first_pos, sink_tokens, tail, splits, scale, softcap, out_dtype)
-    return _decode(lib, q, kv, *lists, context_lens, *options)
+    return _decode(
+        lib,
+        q,
+        kv,
+        selection.pages,
+        selection.blocks,
+        selection.counts,
+        selection.pages.shape[1],
+        context_lens,
+        first_pos,
+        sink_tokens,
+        tail,
+        splits,
+        scale,
+        softcap,
+        out_dtype,
+    )
 
 
 def _decode(
