@@ -43,10 +43,11 @@ def nsa_forward(
 ) -> tuple[Tensor, BlockSelection]:
     """Return out `[B, Hq, T, D]` in the dtype of q and the selection, `[B, Hkv, T, n_selected]`.
 
-    q `[B, Hq, T, D]`; `cmp` = (k, v) `[B, Hkv, NC, D]`; `gates [B, Hq, T, 3]` in [0, 1], in the order cmp, slc,
-    win. `slc` and `win` hold the sequences one behind the other: page `b P / B + i` is block i of sequence b, and
-    `slc_block` is `slc.page_tokens`. `q_offset`, an int or int32 `[B]`, is the position of row 0; the keys of the
-    T new tokens are in the pages already. A row that sees nothing of a branch gets 0 from it.
+    q `[B, Hq, T, D]`; `cmp` = (k, v) `[B, Hkv, NC, D]`; `gates [B, Hq, T, 3]` in [0, 1], in the order cmp,
+    slc, win. `slc` and `win` hold the sequences one behind the other: page `b P / B + i` is block i of
+    sequence b, and `slc_block` is `slc.page_tokens`. `q_offset`, an int or int32 `[B]`, is the position of
+    row 0; the keys of the T new tokens are in the pages already. A row that sees nothing of a branch gets 0
+    from it.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, or pages too few for the tokens;
     with `validate`, IndexError for a NaN in `gates`; KernelUnavailable when a forced `impl` cannot run.

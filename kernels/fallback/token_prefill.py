@@ -53,8 +53,8 @@ def token_sparse_prefill(
             valid = kv.page_valid[pages][..., None]
             seen = torch.where(valid >= 0, slots < valid, seen)
         seen = (seen & live[..., None]).flatten(1)[:, None]
-        keys = (x.reshape(len(at), -1, size).contiguous() for x in (k, v))
-        found = attend_rows(items[at], *keys, seen, scale, softcap)
+        k, v = (x.reshape(len(at), -1, size).contiguous() for x in (k, v))
+        found = attend_rows(items[at], k, v, seen, scale, softcap)
         out[at], lse[at] = found[0].to(out_dtype), found[1]
     shape = (batch, lists, rows, heads // lists)
     return Attention(

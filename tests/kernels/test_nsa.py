@@ -69,7 +69,8 @@ def causal(problem: Problem, kv: KVPages) -> Tensor:
     scores = problem.q[0].double() @ k.transpose(1, 2) * problem.q.shape[3] ** -0.5
     position = problem.offset + torch.arange(rows)
     hidden = torch.arange(k.shape[1]) > position[:, None]
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)[None]
+    out: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return out[None]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -23,7 +23,7 @@ from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
 IMPLS = drawn.implementations("block_sparse_prefill")
 TOKEN_IMPLS = drawn.implementations("token_sparse_prefill")
-PRECISE = {"impl": "reference", "out_dtype": torch.float32, "validate": True}
+PRECISE: dict[str, Any] = {"impl": "reference", "out_dtype": torch.float32, "validate": True}
 
 
 def lists_for(case: drawn.Case, offset: Tensor, block_q: int, heads: int, density: float) -> BlockSelection:
