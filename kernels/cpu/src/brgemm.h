@@ -1,5 +1,6 @@
-// The products of prefill by torch's brgemm, which uses AMX where the processor has it. Its interface carries no promise
-// of stability: it is used only at the level that asks for it, if the header has it and a trial product comes out right.
+// The products of prefill by torch's brgemm, which uses AMX where the processor has it. Its interface carries no
+// promise of stability: it is used only at the level that asks for it, if the header has it and a trial product comes
+// out right.
 #pragma once
 
 #include "gemm.h"

@@ -31,8 +31,8 @@ inline nf multiply_add(nf acc, const Pair* b, Pair a) { return dot_pairs(acc, (c
 
 // M rows, N vectors; the k rows of each of `n` tiles follow each other along A. `add`: C is added to.
 template <class W, int M, int N>
-[[gnu::noinline]] void micro_product(const W* a, int64_t lda, const W* const* tiles, int64_t n, int64_t column,
-                                     int64_t ldb, int64_t k, float* c, int64_t ldc, bool add) {
+inline void micro_product(const W* a, int64_t lda, const W* const* tiles, int64_t n, int64_t column, int64_t ldb,
+                          int64_t k, float* c, int64_t ldc, bool add) {
   nf acc[M][N] = {};
   if (add)
     for (int i = 0; i < M; ++i)
