@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torch import Tensor
 def matrix(size: int) -> Tensor:
     """The orthonormal Walsh-Hadamard matrix `[D, D]`, float64, in natural order."""
     rows = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
-    return torch.tensor(rows, dtype=torch.float64) / size**0.5
+    return torch.tensor(rows, dtype=torch.float64) / math.sqrt(size)
 
 
 def hadamard(x: Tensor) -> Tensor:
