@@ -27,7 +27,7 @@ def _pair(codes: Tensor) -> Tensor:
     return ((low & 15) | (high << 4)).view(torch.uint8)
 
 
-def _split(codes: Tensor) -> Tensor:
+def split_pairs(codes: Tensor) -> Tensor:
     """int8 channels from pairs."""
     signed = codes.view(torch.int8)
     return torch.cat([(signed << 4) >> 4, signed >> 4], -1)
@@ -50,7 +50,7 @@ def dequantize_pages(kv: KVPages, pages: Tensor, dtype: torch.dtype) -> tuple[Te
         raise IndexError(f"pages[{i}] is {int(pages[i])}: the pool has {kv.n_pages} pages")
     k, v = kv.k[pages], kv.v[pages].transpose(2, 3).contiguous()
     if kv.format == "int4":
-        k, v = _split(k), _split(v)
+        k, v = split_pairs(k), _split(v)
     k = k.float() * kv.k_scale[pages].float().unsqueeze(2)
     v = v.float() * kv.v_scale[pages].float().unsqueeze(2)
     return k.to(dtype), v.to(dtype)
