@@ -12,7 +12,8 @@ from agentctx.memory.kv.pool import PAGE_TOKENS
 
 
 class Block(NamedTuple):
-    """A block of a text: its name, and the tokens `start` to `end` that it holds (64, or fewer at the end)."""
+    """A block of a text: its name, and the tokens `start` to `end` that it holds (64, or fewer at the end).
+    """
 
     name: str
     start: int

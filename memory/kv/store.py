@@ -207,7 +207,7 @@ def _write(path: Path, data: bytes) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for name in sorted(tensors):
-        digest.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()))
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ def method(text: str) -> Dense:
         raise ConfigError(f"there is no attention method {name!r}", hint=f"known: {', '.join(METHODS)}")
     module, _, title = METHODS[name].partition(":")
     kind: type[Dense] = getattr(import_module(f"agentctx.runtime.methods.{module}"), title)
-    given = dict(part.split("=", 1) if "=" in part else (part, "") for part in options.split(",") if part)
+    given = {key: value for key, _, value in (part.partition("=") for part in options.split(",") if part)}
     known = {field.name: field for field in fields(kind)}
     if unknown := sorted(given.keys() - known.keys()):
         raise ConfigError(
