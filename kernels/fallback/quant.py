@@ -50,7 +50,7 @@ def dequantize_pages(kv: KVPages, pages: Tensor, dtype: torch.dtype) -> tuple[Te
         raise IndexError(f"pages[{i}] is {int(pages[i])}: the pool has {kv.n_pages} pages")
     k, v = kv.k[pages], kv.v[pages].transpose(2, 3).contiguous()
     if kv.format == "int4":
-        k, v = split_pairs(k), _split(v)
+        k, v = split_pairs(k), split_pairs(v)
     k = k.float() * kv.k_scale[pages].float().unsqueeze(2)
     v = v.float() * kv.v_scale[pages].float().unsqueeze(2)
     return k.to(dtype), v.to(dtype)
