@@ -22,6 +22,7 @@ RANKS = {
     "blocking": 0,
     "privacy": 0,
     "sources": 0,
+    "runtime": 0,
     "models": 1,
     "testing": 1,
     "testing_endpoint": 1,

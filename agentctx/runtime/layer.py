@@ -47,8 +47,7 @@ class LayerKV:
     summary: Callable[[str], BlockSummary] = unsummarised  # of a kind, current with the stored keys
 
     def exact(self, q: Tensor) -> Attention:
-        """Dense attention of q `[B, Hq, T, D]`, within the layer's window if it has one; sinks not applied.
-        """
+        """Dense attention of q `[B, Hq, T, D]`, within the layer's window if it has one; sinks not applied."""
         new, scoring = q.shape[2], self.scoring
         scale, softcap = scoring.scale, scoring.softcap
         few = new * (q.shape[1] // self.pages.n_kv_heads) <= DECODE_ROWS and new <= DECODE_TOKENS

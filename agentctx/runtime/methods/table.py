@@ -40,13 +40,11 @@ def method(text: str) -> Dense:
         raise ConfigError(
             f"{name} has no parameter {unknown[0]!r}", hint=f"known: {', '.join(known) or 'none'}"
         )
-    values = {}
+    values: dict[str, float] = {}
     for key, value in given.items():
-        wanted = type(known[key].default)
+        default = known[key].default
         try:
-            values[key] = wanted(value)
+            values[key] = float(value) if isinstance(default, float) else int(value)
         except ValueError as error:
-            raise ConfigError(
-                f"{name}: {key} is {value!r}", hint=f"a number like {known[key].default}"
-            ) from error
+            raise ConfigError(f"{name}: {key} is {value!r}", hint=f"a number like {default}") from error
     return kind(**values)
