@@ -54,15 +54,7 @@ def nsa_forward(
     """
     batch, heads, rows = checks.queries(q, slc)
     checks.queries(q, win)
-    for name, x in (("cmp[0]", cmp[0]), ("cmp[1]", cmp[1])):
-        checks.tensor(name, x, 4)
-        if x.shape != (batch, slc.n_kv_heads, cmp[0].shape[2], q.shape[3]) or x.dtype != q.dtype:
-            wanted = [batch, slc.n_kv_heads, "NC", q.shape[3]]
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}: {q.dtype} {wanted} is needed")
-    checks.tensor("gates", gates, 4)
-    checks.floats("gates", gates)
-    if gates.shape != (batch, heads, rows, 3):
-        raise ValueError(f"gates is {list(gates.shape)}: {[batch, heads, rows, 3]} is needed")
+    _check_tensors(q, cmp, slc, gates)
     if slc_block != slc.page_tokens:
         raise ValueError(f"slc_block is {slc_block}: the pages of slc hold {slc.page_tokens} tokens")
     if cmp_stride < 1 or cmp_block % cmp_stride or slc_block % cmp_stride or cmp_block < 1:
@@ -73,15 +65,7 @@ def nsa_forward(
         )
     if window < 1:
         raise ValueError(f"window is {window}: 1 or more is needed")
-    if win.n_kv_heads != slc.n_kv_heads:
-        raise ValueError(f"win has {win.n_kv_heads} heads, slc {slc.n_kv_heads}: they must be equal")
-    for name, kv in (("slc", slc), ("win", win)):
-        if batch == 0 or kv.n_pages % batch:
-            raise ValueError(f"{name} has {kv.n_pages} pages: a multiple of the batch, {batch}, is needed")
-        if isinstance(q_offset, int) and q_offset + rows > kv.n_pages // batch * kv.page_tokens:
-            raise ValueError(
-                f"{name} has {kv.n_pages // batch} pages a sequence: {q_offset + rows} tokens are due"
-            )
+    _check_pools(slc, win, batch, q_offset + rows if isinstance(q_offset, int) else 0)
     offset = prefill.offsets(q_offset, batch, q.device)
     scale = checks.attention_options(scale, 0.0, None, q)
     if validate:
@@ -94,6 +78,30 @@ def nsa_forward(
         "nsa_forward", impl, q.device, q, cmp, slc, win, gates, tables, *options
     )
     return found
+
+
+def _check_tensors(q: Tensor, cmp: tuple[Tensor, Tensor], slc: KVPages, gates: Tensor) -> None:
+    batch, heads, rows, size = q.shape
+    for name, x in (("cmp[0]", cmp[0]), ("cmp[1]", cmp[1])):
+        checks.tensor(name, x, 4)
+        if x.shape != (batch, slc.n_kv_heads, cmp[0].shape[2], size) or x.dtype != q.dtype:
+            wanted = [batch, slc.n_kv_heads, "NC", size]
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}: {q.dtype} {wanted} is needed")
+    checks.tensor("gates", gates, 4)
+    checks.floats("gates", gates)
+    if gates.shape != (batch, heads, rows, 3):
+        raise ValueError(f"gates is {list(gates.shape)}: {[batch, heads, rows, 3]} is needed")
+
+
+def _check_pools(slc: KVPages, win: KVPages, batch: int, tokens: int) -> None:
+    """Pools of whole sequences with room for `tokens` tokens of each."""
+    if win.n_kv_heads != slc.n_kv_heads:
+        raise ValueError(f"win has {win.n_kv_heads} heads, slc {slc.n_kv_heads}: they must be equal")
+    for name, kv in (("slc", slc), ("win", win)):
+        if batch == 0 or kv.n_pages % batch:
+            raise ValueError(f"{name} has {kv.n_pages} pages: a multiple of the batch, {batch}, is needed")
+        if tokens > kv.n_pages // batch * kv.page_tokens:
+            raise ValueError(f"{name} has {kv.n_pages // batch} pages a sequence: {tokens} tokens are due")
 
 
 def _table(kv: KVPages, batch: int) -> Tensor:

@@ -1,8 +1,9 @@
 """How a kernel is measured: candidates and baseline in turns, in one process, on data that no cache holds.
 
 A round calls each of them on the next of several input sets; the sets together are larger than the last-level
-cache, and the baseline, which reads everything, always comes between two turns of a candidate. The first two
-of at least nine rounds are dropped; the ratio is the median of the ratios within a round. One thread is timed
+cache, and the baseline, which reads everything, always comes between two turns of a candidate. Nine rounds
+count, after two that do not; five or three after one where a round takes seconds, or the whole would take an
+hour. The ratio is the median of the ratios within a round. One thread is timed
 by its own clock, which a busy machine does not disturb, more threads by the wall. Answers are compared before
 anything is timed. The even rounds of a candidate against its odd rounds are the same code twice: that
 difference is the noise.
@@ -33,7 +34,8 @@ from agentctx.kernels.errors import KernelUnavailable
 from agentctx.kernels.roofline import Cost
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-ROUNDS, DROPPED = 11, 2  # nine that count
+# Rounds, those of them that are dropped, and how many seconds a round may take for it.
+ROUNDS = ((11, 2, 3.0), (6, 1, 12.0), (4, 1, math.inf))
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative distance from the float64 answer
 Call = Callable[[int], object]
@@ -91,15 +93,19 @@ def interleaved(
     gc.collect()
     gc.disable()
     began, done = time.perf_counter(), 0
-    while done < ROUNDS or (time.perf_counter() - began < seconds and done < 40):
+    wanted, dropped, _ = ROUNDS[0]
+    while done < wanted or (time.perf_counter() - began < seconds and done < 40):
         for name, call in calls.items():
             start = clock()
             for i in range(done * batch, (done + 1) * batch):
                 call(i % sets)
             times[name].append((clock() - start) / batch * 1e6)
         done += 1
+        if done == 1:
+            took = sum(taken[0] for taken in times.values()) * batch * 1e-6
+            wanted, dropped, _ = next(rule for rule in ROUNDS if took <= rule[2])
     gc.enable()
-    return {name: taken[DROPPED:] for name, taken in times.items()}
+    return {name: taken[dropped:] for name, taken in times.items()}
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def compare(
 
 def _figures(own: list[float], other: list[float], roof: float) -> dict[str, float]:
     median = statistics.median(own)
-    low, *_, high = statistics.quantiles(own, n=10)
+    low, *_, high = statistics.quantiles(own, n=10, method="inclusive")
     ratio = statistics.median(b / a for a, b in zip(own, other, strict=True))
     return {
         "median_us": round(median, 2),
@@ -169,6 +175,7 @@ def _figures(own: list[float], other: list[float], roof: float) -> dict[str, flo
         "ratio": round(ratio, 3),
         "roofline_us": round(roof, 2),
         "roofline_share": round(roof / median, 3),
+        "rounds": len(own),
         "noise": round(abs(statistics.median(own[::2]) / statistics.median(own[1::2]) - 1), 3),
     }
 

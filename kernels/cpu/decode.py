@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels import threads
+from agentctx.kernels.cpu.tile import cover
 from agentctx.kernels.errors import Uncovered
 from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
@@ -101,11 +102,7 @@ def _decode(
     batch, heads, rows, size = q.shape
     if q.dtype not in SERVED or out_dtype not in SERVED:
         raise Uncovered(f"q {q.dtype}, out {out_dtype}: float32 and bfloat16 are served")
-    if kv.page_tokens != 64:
-        raise Uncovered(f"pages of {kv.page_tokens} tokens: 64 are served")
-    step = 32 if kv.format == "int4" else 16
-    if not 0 < size <= 256 or size % step:
-        raise Uncovered(f"head size {size}, {kv.format}: multiples of {step} up to 256 are served")
+    cover(kv)
     if heads // lists * rows > MOST_ROWS:
         raise Uncovered(f"{heads // lists * rows} rows for a list: {MOST_ROWS} are served")
     tail_k, tail_v = (None, None) if tail is None else (x.contiguous() for x in tail)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels import threads
+from agentctx.kernels.cpu.tile import cover
 from agentctx.kernels.errors import Uncovered
 from agentctx.kernels.records import PACKED_TOKENS, KVPages
 
@@ -26,12 +27,9 @@ def attention_mass(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    if kv.page_tokens != PACKED_TOKENS:
-        raise Uncovered(f"pages of {kv.page_tokens} tokens, {PACKED_TOKENS} are served")
+    cover(kv)
     if q.dtype == torch.float16:
         raise Uncovered("float16")
-    if kv.head_dim % 2:
-        raise Uncovered(f"head size {kv.head_dim}: even ones are served")
     pool = (kv.k, kv.v, kv.k_scale, kv.v_scale, kv.page_valid, kv.format, kv.head_dim)
     products = q.numel() * block_table.shape[1] * PACKED_TOKENS
     read = block_table.numel() * PACKED_TOKENS * kv.head_dim * kv.n_kv_heads * kv.k.element_size()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels import threads
+from agentctx.kernels.cpu.tile import cover
 from agentctx.kernels.errors import Uncovered
-from agentctx.kernels.records import PACKED_TOKENS, Attention, BlockSelection, KVPages
+from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -75,10 +76,7 @@ def block_sparse_prefill(
 def _cover(q: Tensor, kv: KVPages, out_dtype: torch.dtype) -> None:
     if q.dtype not in DTYPES or out_dtype not in DTYPES:
         raise Uncovered(f"{q.dtype} to {out_dtype}: C++ serves float32 and bfloat16")
-    if kv.page_tokens != PACKED_TOKENS:
-        raise Uncovered(f"pages of {kv.page_tokens} tokens: C++ serves {PACKED_TOKENS}")
-    if kv.head_dim % 16 or not 16 <= kv.head_dim <= 256:
-        raise Uncovered(f"head size {kv.head_dim}: C++ serves multiples of 16 from 16 to 256")
+    cover(kv)
 
 
 def _pool(kv: KVPages) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels import threads
+from agentctx.kernels.cpu.tile import cover
 from agentctx.kernels.errors import Uncovered
-from agentctx.kernels.records import PACKED_TOKENS, Attention, BlockSelection, KVPages
+from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -27,10 +28,7 @@ def token_sparse_prefill(
 ) -> Attention:
     if q.dtype not in DTYPES or out_dtype not in DTYPES:
         raise Uncovered(f"{q.dtype} to {out_dtype}: C++ serves float32 and bfloat16")
-    if kv.page_tokens != PACKED_TOKENS:
-        raise Uncovered(f"pages of {kv.page_tokens} tokens: C++ serves {PACKED_TOKENS}")
-    if kv.head_dim % 16:
-        raise Uncovered(f"head size {kv.head_dim}: C++ serves multiples of 16")
+    cover(kv)
     if kv.quantised:  # widened to float32: rounding the keys once more would show in the scores
         q = q.float()
     batch, lists, rows, slots = selection.pages.shape

@@ -53,9 +53,10 @@ def sparse_decode(
 ) -> Attention:
     batch, heads, rows, size = q.shape
     lists, slots = selection.pages.shape[1:]
-    counts = selection.counts
-    if slots and not q.is_cuda:  # a GPU would have to be waited for
-        slots = min(slots, max(0, int(counts.max())))
+    counts, least = selection.counts, 0
+    if slots and counts.numel() and not q.is_cuda:  # a GPU would have to be waited for
+        least, most = (max(0, int(x)) for x in torch.aminmax(counts))
+        slots = min(slots, most)
     if slots == 0:
         none = torch.full((batch, heads, rows), -torch.inf, device=q.device)
         return Attention(torch.zeros(q.shape, dtype=out_dtype, device=q.device), none)
@@ -65,14 +66,15 @@ def sparse_decode(
     parts = []
     for at in range(0, slots, step):
         here = slice(at, min(at + step, slots))
-        live = torch.arange(here.start, here.stop, device=q.device) < counts[..., None]
-        pages = torch.where(live, selection.pages[..., here], 0)
-        blocks = torch.where(live, selection.blocks[..., here], 0)
+        pages, blocks, live = selection.pages[..., here], selection.blocks[..., here], None
+        if here.stop > least:
+            live = torch.arange(here.start, here.stop, device=q.device) < counts[..., None]
+            pages, blocks = torch.where(live, pages, 0), torch.where(live, blocks, 0)
         k, v, bias = _piece(kv, pages, blocks, live, rows, dtype, context_lens, first_pos, sink_tokens, tail)
-        if rows > 1:
+        if bias is not None and rows > 1:
             bias = bias.repeat(1, 1, heads // lists, 1)
         out, lse = attend(packed, k, v, bias, scale, softcap)
-        parts.append(Attention(out.view(q.shape), lse.view(batch, heads, rows)))
+        parts.append(Attention(out.view(q.shape), lse.reshape(batch, heads, rows)))
     if len(parts) == 1:
         return Attention(parts[0].out.to(out_dtype), parts[0].lse)
     return merge_lse(parts, out_dtype)
@@ -82,20 +84,26 @@ def _piece(
     kv: KVPages,
     pages: Tensor,
     blocks: Tensor,
-    live: Tensor,
+    live: Tensor | None,
     rows: int,
     dtype: torch.dtype,
     context_lens: Tensor,
     first_pos: Tensor | None,
     sink_tokens: int,
     tail: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """K and V `[B, L, N, D]` of the listed slots `[B, L, S]`, and what hides some of them, `[B, L, T, N]`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K and V `[B, L, N, D]` of the listed slots `[B, L, S]`, and what hides some of them, `[B, L, T, N]`.
+
+    `live` tells which slots are in use, None that all are.
+    """
     batch, lists, slots = pages.shape
     page = kv.page_tokens
-    head = torch.arange(lists, device=pages.device) * kv.n_kv_heads // lists
-    open_page = live & (blocks == (context_lens // page)[:, None, None]) if tail is not None else None
-    if open_page is not None:
+    head = torch.arange(kv.n_kv_heads, device=pages.device).repeat_interleave(lists // kv.n_kv_heads)
+    open_page = None
+    if tail is not None:
+        open_page = blocks == (context_lens // page)[:, None, None]
+        if live is not None:
+            open_page &= live
         pages = torch.where(open_page, 0, pages)
     of_slot = head[:, None].expand(batch, lists, slots)
     k, v = gather_pages(kv, pages.reshape(-1).long(), of_slot.reshape(-1), dtype)
@@ -104,7 +112,11 @@ def _piece(
         here = open_page[..., None, None]
         k = torch.where(here, tail[0][:, head].unsqueeze(2), k)
         v = torch.where(here, tail[1][:, head].unsqueeze(2), v)
+    k, v = k.flatten(2, 3), v.flatten(2, 3)
 
+    plain = live is None and first_pos is None and kv.page_valid is None
+    if plain and not pages.is_cuda and (int(blocks.max()) + 1) * page <= int(context_lens.min()) - rows + 1:
+        return k, v, None
     slot = torch.arange(page, device=pages.device)
     position = (blocks[..., None] * page + slot).unsqueeze(2)  # [B, L, 1, S, page]
     own = context_lens[:, None] - rows + torch.arange(rows, device=pages.device)
@@ -117,6 +129,6 @@ def _piece(
             valid = torch.where(open_page, -1, valid)
         valid = valid[:, :, None, :, None]
         seen = torch.where(valid >= 0, slot < valid, seen)
-    seen &= live[:, :, None, :, None]
-    bias = torch.where(seen, 0.0, -torch.inf).flatten(3)
-    return k.flatten(2, 3), v.flatten(2, 3), bias
+    if live is not None:
+        seen &= live[:, :, None, :, None]
+    return k, v, torch.where(seen, 0.0, -torch.inf).flatten(3)

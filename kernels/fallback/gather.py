@@ -30,7 +30,7 @@ def gather_pages(kv: KVPages, pages: Tensor, heads: Tensor, dtype: torch.dtype) 
     elif kv.format == "packed":
         taken = unpack_pages(replace(kv, k=k, v=v))
         k, v = taken.k, taken.v
-    return k.squeeze(1).to(dtype), v.squeeze(1).to(dtype)
+    return k.to(dtype)[:, 0], v.to(dtype)[:, 0]
 
 
 def _rows(x: Tensor, pages: Tensor, heads: Tensor) -> Tensor:
@@ -45,5 +45,5 @@ def _rows(x: Tensor, pages: Tensor, heads: Tensor) -> Tensor:
         return x[pages, heads].unsqueeze(1)
     last = (x.shape[0] - 1) * page + (x.shape[1] - 1) * head
     flat = x.as_strided((last // width + 1, width), (width, 1))
-    taken = flat.index_select(0, pages * (page // width) + heads * (head // width))
+    taken = flat.index_select(0, torch.add(heads * (head // width), pages, alpha=page // width))
     return taken.view(len(pages), 1, *shape)

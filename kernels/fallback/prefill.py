@@ -5,6 +5,7 @@ few partial ones (the diagonal, the edges of a window) with one, and the two res
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -138,53 +139,70 @@ def _attend(
     out = torch.zeros(items.shape, dtype=out_dtype, device=q.device)
     lse = torch.full(items.shape[:2], -torch.inf, device=q.device)
     pages, blocks = (x.reshape(len(items), -1) for x in (full.pages, full.blocks))
-    clipped = bool((starts // page * page > context_lens[:, None]).any())
-    slots = torch.arange(page, device=q.device)
-
-    def keys(pages: Tensor, kv_heads: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = gather_pages(kv, pages.flatten(), kv_heads[:, None].expand(pages.shape).flatten(), dtype)
-        return k.reshape(len(pages), -1, size).contiguous(), v.reshape(len(pages), -1, size).contiguous()
-
-    def by_validity(seen: Tensor, pages: Tensor, listed: bool) -> Tensor:
-        """`seen [n, R, pages, page]`, with the rule for pages that are not in position order."""
-        if kv.page_valid is not None:
-            valid = kv.page_valid[pages][:, None, :, None]
-            reached = (slots < valid) if listed else seen.any(-1, keepdim=True) & (slots < valid)
-            seen = torch.where(valid >= 0, reached, seen)
-        return seen.flatten(2)
-
+    visible = kv.page_valid is None and not bool((starts // page * page > context_lens[:, None]).any())
     for count, ids in _equal_counts(full.counts):
         at = torch.tensor(ids, device=q.device)
         b, head, i = at // (lists * query_blocks), at // query_blocks % lists, at % query_blocks
-        kv_heads = head // (lists // kv.n_kv_heads)
         length = context_lens.long()[b, None, None, None]
-        rows_q, found = items[at], None
+        parts: list[tuple[Tensor, Tensor | None]] = []
         if count > 0:
             listed = pages[at, :count].long()
-            seen = None
-            if clipped or kv.page_valid is not None:
-                key = blocks[at, :count].long()[:, None, :, None] * page + slots
-                seen = by_validity(key < length, listed, True)
-            found = attend_rows(rows_q, *keys(listed, kv_heads), seen, scale, softcap)
+            parts.append((listed, None if visible else _seen(kv, listed, blocks[at, :count].long(), length)))
         if part.shape[2]:
-            these = part[b, i]
-            used = these < NONE
-            physical = torch.where(used, block_table[b[:, None], torch.where(used, these, 0)].long(), 0)
-            position = (starts[b, i, None] + torch.arange(block_q, device=q.device))[..., None, None]
-            key = these[:, None, :, None] * page + slots
-            seen = (key <= position) & (key < length)
-            if rule:
-                seen &= rule(position, key)
-            seen = by_validity(seen, physical, False).repeat(1, group, 1)
-            near = attend_rows(rows_q, *keys(physical, kv_heads), seen, scale, softcap)
-            found = merge(found, near) if found else near
+            near = part[b, i]
+            used = near < NONE
+            these = torch.where(used, block_table[b[:, None], torch.where(used, near, 0)].long(), 0)
+            position = starts[b, i, None] + torch.arange(block_q, device=q.device)
+            parts.append((these, _seen(kv, these, near, length, position, rule).repeat(1, group, 1)))
+        kv_heads = head // (lists // kv.n_kv_heads)
+        found = [
+            attend_rows(items[at], *_keys(kv, some, kv_heads, dtype), seen, scale, softcap)
+            for some, seen in parts
+        ]
         if found:
-            out[at], lse[at] = found[0].to(out_dtype), found[1]
-    out = out.view(batch, lists, query_blocks, group, block_q, size).transpose(2, 3)
-    lse = lse.view(batch, lists, query_blocks, group, block_q).transpose(2, 3)
-    return Attention(
-        out.reshape(batch, heads, -1, size)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
-    )
+            result, lse[at] = functools.reduce(merge, found)
+            out[at] = result.to(out_dtype)
+    shape = (batch, lists, query_blocks, group, block_q)
+
+    def in_order(x: Tensor) -> Tensor:
+        return x.view(*shape, -1).transpose(2, 3).reshape(batch, heads, -1, x.shape[-1])[:, :, :rows]
+
+    return Attention(in_order(out), in_order(lse[..., None])[..., 0])
+
+
+def _keys(kv: KVPages, pages: Tensor, heads: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V `[n, E page, D]` of the pages `[n, E]` of one KV head for each n."""
+    k, v = gather_pages(kv, pages.flatten(), heads.repeat_interleave(pages.shape[1]), dtype)
+    shape = (len(pages), -1, kv.head_dim)
+    return k.reshape(shape).contiguous(), v.reshape(shape).contiguous()
+
+
+def _seen(
+    kv: KVPages,
+    pages: Tensor,
+    blocks: Tensor,
+    length: Tensor,
+    position: Tensor | None = None,
+    rule: Rule | None = None,
+) -> Tensor:
+    """What the rows at `position [n, R]` see of the pages `[n, E]`, `[n, R or 1, E page]`.
+
+    Without positions all of a page is seen: it is listed. A page that is not in position order shows its
+    valid tokens to the rows that reach any of it.
+    """
+    slots = torch.arange(kv.page_tokens, device=pages.device)
+    key = blocks[:, None, :, None] * kv.page_tokens + slots
+    seen = key < length
+    if position is not None:
+        position = position[..., None, None]
+        seen = seen & (key <= position)
+        if rule:
+            seen &= rule(position, key)
+    if kv.page_valid is not None:
+        valid = kv.page_valid[pages][:, None, :, None]
+        reached = seen.any(-1, keepdim=True) | (position is None)
+        seen = torch.where(valid >= 0, reached & (slots < valid), seen)
+    return seen.flatten(2)
 
 
 def _equal_counts(counts: Tensor) -> Iterator[tuple[int, list[int]]]:

@@ -18,14 +18,9 @@ def attend_rows(
     Returns out `[n, R, D]` and lse `[n, R]` float32; rows that see no key have out 0 and lse -inf.
     """
     rows = (q[:, None], k[:, None], v[:, None])
-    if seen is None and q.device.type == "cpu" and not softcap:
-        # Without a mask: a mask makes it slower.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
-    else:
-        bias = torch.zeros(len(q), q.shape[1], k.shape[1], device=q.device)
-        if seen is not None:
-            bias.masked_fill_(~seen, -torch.inf)
-        out, lse = attend(*rows, bias[:, None], scale, softcap)
+    # None stays None: a mask makes it slower.
+    bias = None if seen is None else torch.where(seen, 0.0, -torch.inf)[:, None]
+    out, lse = attend(*rows, bias, scale, softcap)
     return out[:, 0].float(), lse[:, 0]
 
 

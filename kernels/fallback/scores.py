@@ -28,12 +28,12 @@ def block_scores(
     found, step = _entries(x, summary, estimate, scale)
     found = found.view(batch, kv_heads, heads // kv_heads, rows, found.shape[-1])
     capacity = found.shape[-1] * step // page
-    if bool(((context_lens < 0) | (context_lens > capacity * page)).any()):
+    if outside(context_lens, 0, capacity * page):
         raise IndexError(
             f"context_lens is {context_lens.tolist()}: the summary holds {capacity * page} tokens"
         )
     limit = context_lens[:, None] if q_pos is None else context_lens[:, None].minimum(q_pos + 1)
-    starts = torch.arange(found.shape[-1], device=q.device) * step
+    starts = torch.arange(0, found.shape[-1] * step, step, dtype=torch.int32, device=q.device)
     hidden = (starts >= limit[..., None])[:, None, None]  # [B, 1, 1, T or 1, E]
     found = found.masked_fill(hidden, float("-inf"))
     if summary.kind == "submeans":
@@ -48,6 +48,14 @@ def block_scores(
     if group == "max":
         return found.amax(2)
     return found.mean(2) if group == "mean" else found.sum(2)
+
+
+def outside(x: Tensor, low: int, high: int) -> bool:
+    """Whether any of x is below `low` or above `high`."""
+    if not x.numel():
+        return False
+    least, most = torch.aminmax(x)
+    return int(least) < low or int(most) > high
 
 
 def _entries(x: Tensor, summary: BlockSummary, estimate: str, scale: float) -> tuple[Tensor, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentctx.kernels.fallback.scores import block_scores
+from agentctx.kernels.fallback.scores import block_scores, outside
 from agentctx.kernels.records import BlockSelection, BlockSummary
 
 UNUSED = torch.iinfo(torch.int64).min
@@ -14,29 +14,29 @@ FORCED = torch.iinfo(torch.int32).max  # above the key of +inf
 
 def _keys(scores: Tensor, n_blocks: int | Tensor, sink: int, local: int) -> tuple[Tensor, Tensor]:
     """int64 keys in the order of selection, the block in the low half, `UNUSED` past n; and n itself."""
-    n = torch.as_tensor(n_blocks, device=scores.device)
+    n = torch.as_tensor(n_blocks, dtype=torch.int64, device=scores.device)  # as wide as `block`: no casts
     if n.dim():
         lead = (n.shape[0], 1, n.shape[1]) if n.dim() == 2 else (n.shape[0],) + (1,) * (scores.dim() - 2)
         n = n.view(lead)
-    if bool(((n < 0) | (n > scores.shape[-1])).any()):
+    if outside(n, 0, scores.shape[-1]):
         raise IndexError(f"n_blocks is {n.flatten().tolist()}: there are scores for {scores.shape[-1]}")
     n = n.expand(scores.shape[:-1]).unsqueeze(-1)
     block = torch.arange(scores.shape[-1], device=scores.device)
-    bits = (scores.masked_fill(scores.isnan(), float("-inf")) + 0.0).view(torch.int32)
-    key = bits ^ ((bits >> 31) & FORCED)
-    key = key.masked_fill((block < sink) | (block >= n - local), FORCED).long()
-    return ((key << 32) | block).masked_fill(block >= n, UNUSED), n
+    bits = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).add_(0.0).view(torch.int32)
+    key = (bits >> 31).bitwise_and_(FORCED).bitwise_xor_(bits).masked_fill_(block >= n - local, FORCED)
+    key[..., :sink] = FORCED
+    return key.long().bitwise_left_shift_(32).bitwise_or_(block).masked_fill_(block >= n, UNUSED), n
 
 
 def _lists(best: Tensor, counts: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Ascending lists of `slots` from falling keys, of which the first `counts` are taken."""
     width = best.shape[-1]
-    past = torch.iinfo(torch.int32).max
-    taken = torch.arange(width, device=best.device) < counts.unsqueeze(-1)
-    blocks = (best & 0xFFFFFFFF).masked_fill(~taken, past).sort(-1).values.to(torch.int32)
-    out = torch.zeros((*best.shape[:-1], slots), dtype=torch.int32, device=best.device)
-    out[..., :width] = blocks.masked_fill(blocks == past, 0)
-    return out, counts.to(torch.int32)
+    unused = torch.arange(width, device=best.device) >= counts.unsqueeze(-1)
+    last = torch.iinfo(torch.int32).max
+    blocks = best.to(torch.int32).masked_fill_(unused, last).sort(-1).values.masked_fill_(unused, 0)
+    if width < slots:
+        blocks = torch.nn.functional.pad(blocks, (0, slots - width))
+    return blocks, counts.to(torch.int32)
 
 
 def topk_blocks(
@@ -72,14 +72,14 @@ def topp_blocks(
 
 def resolve_pages(blocks: Tensor, counts: Tensor, block_table: Tensor) -> BlockSelection:
     slots, table = blocks.shape[-1], block_table.shape[1]
-    if bool(((counts < 0) | (counts > slots)).any()):
+    if outside(counts, 0, slots):
         raise IndexError(f"counts: 0 to {slots} is needed")
-    unused = torch.arange(slots, device=blocks.device) >= counts.unsqueeze(-1)
+    unused = torch.arange(slots, dtype=torch.int32, device=blocks.device) >= counts.unsqueeze(-1)
     at = blocks.masked_fill(unused, 0).long()
-    if bool(((at < 0) | ((at >= table) & ~unused)).any()):
-        raise IndexError(f"blocks: the table has {table}")
-    if table == 0:
+    if table == 0 and unused.all():
         return BlockSelection(torch.zeros_like(blocks), blocks, counts)
+    if outside(at, 0, table - 1):
+        raise IndexError(f"blocks: the table has {table}")
     pages = block_table.gather(1, at.flatten(1)).view(blocks.shape)
     return BlockSelection(pages.masked_fill(unused, 0), blocks, counts)
 
@@ -95,6 +95,7 @@ def select_blocks(
     local_blocks: int,
     scale: float,
 ) -> BlockSelection:
-    scores = block_scores(q, summary, context_lens, None, group, False, "dot", scale).amax(2)
+    scores = block_scores(q, summary, context_lens, None, group, False, "dot", scale)
+    scores = scores[:, :, 0] if q.shape[2] == 1 else scores.amax(2)
     n_blocks = (context_lens + summary.page_tokens - 1) // summary.page_tokens
     return resolve_pages(*topk_blocks(scores, n_blocks, k, sink_blocks, local_blocks), block_table)

@@ -87,7 +87,8 @@ def check(impl: str, case: drawn.Case, lists: BlockSelection | None, **options: 
         return
     assert got.out.dtype == (options.get("out_dtype") or case.q.dtype)
     want = call("reference", out_dtype=torch.float32)
-    drawn.assert_close(got, want, case.q.dtype, quantised=case.kv.quantised)
+    largest = case.largest(options.get("scale"))
+    drawn.assert_close(got, want, case.q.dtype, quantised=case.kv.quantised, largest=largest)
 
 
 @every
@@ -335,3 +336,14 @@ def test_bad_input_names_the_argument() -> None:
         sparse_decode(q, kv, lists, lens, validate=True)
     with pytest.raises(IndexError, match=r"context_lens\[1\] is 9999"):
         dense_decode(q, kv, table, ints([5, 9999]), validate=True)
+
+
+@every
+def test_full_lists_of_full_pages(impl: str) -> None:
+    """Nothing is hidden, with and without the newest block in the list."""
+    for rows in (1, 3):
+        case = drawn.make(lens=[256, 256], batch=2, kv_heads=2, group=3, rows=rows, dtype=torch.bfloat16)
+        full = case.selection(density=1.0)
+        check(impl, case, full)
+        check(impl, case, BlockSelection(*(x[..., :3].contiguous() for x in full[:2]), full.counts - 1))
+        check(impl, case, full, softcap=5.0)

@@ -89,7 +89,7 @@ def test_block_sparse_agrees(
     want = block_sparse_prefill(*given_, **options, **PRECISE)
     got = block_sparse_prefill(*given_, **options, impl=forced(impl, case), validate=True)
     assert got.out.dtype == case.q.dtype
-    drawn.assert_close(got, want, tolerance(case))
+    drawn.assert_close(got, want, tolerance(case), largest=case.largest())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -105,7 +105,7 @@ def test_window_agrees(impl: str, problem: tuple[drawn.Case, Tensor, Any], windo
     options |= {"q_offset": offset, "window": window, "sink_tokens": sinks}
     want = window_prefill(*given_, **options, **PRECISE)
     got = window_prefill(*given_, **options, impl=forced(impl, case), validate=True)
-    drawn.assert_close(got, want, tolerance(case))
+    drawn.assert_close(got, want, tolerance(case), largest=case.largest())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -116,7 +116,7 @@ def test_dense_agrees(impl: str, problem: tuple[drawn.Case, Tensor, Any]) -> Non
     given_ = (case.q, case.kv, case.table, case.lens)
     want = dense_prefill(*given_, q_offset=offset, **options, **PRECISE)
     got = dense_prefill(*given_, q_offset=offset, **options, impl=forced(impl, case), validate=True)
-    drawn.assert_close(got, want, tolerance(case))
+    drawn.assert_close(got, want, tolerance(case), largest=case.largest())
 
 
 @pytest.mark.parametrize("impl", TOKEN_IMPLS)
@@ -131,12 +131,13 @@ def test_token_sparse_agrees(
     given_ = (case.q, case.kv, chosen, case.lens)
     want = token_sparse_prefill(*given_, q_offset=offset, **options, **PRECISE)
     got = token_sparse_prefill(*given_, q_offset=offset, **options, impl=forced(impl, case), validate=True)
-    drawn.assert_close(got, want, tolerance(case))
+    drawn.assert_close(got, want, tolerance(case), largest=case.largest())
 
 
 def forced(impl: str, case: drawn.Case) -> str | None:
     """`impl`, or the dispatcher's choice for pages that the C++ build leaves to torch."""
-    return None if impl.startswith("cpp") and case.kv.page_tokens != 64 else impl
+    served = case.kv.page_tokens == 64 and (case.kv.format != "int4" or case.kv.head_dim % 32 == 0)
+    return None if impl.startswith("cpp") and not served else impl
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])

@@ -1,5 +1,7 @@
 // Products of one tile with a few rows: scores q K^T and sums P V, at the processor's own vector width, sums kept in
 // registers. A tile of bytes (codes) is laid out as one of floats: K [D][64], V [64][D].
+// Codes are transposed to that first. Reading them as they are stored, with the lanes of sixteen products added up at
+// once, was measured 1.0 to 1.3 times slower for 3 rows and 1.4 to 1.5 times for 8: codes stay slower than packed bf16.
 #pragma once
 
 #include <type_traits>

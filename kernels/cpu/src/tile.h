@@ -147,9 +147,31 @@ inline int64_t v_index(int64_t t, int64_t d, int64_t size) {
   return (t / 2) * 2 * size + 2 * d + (t & 1);
 }
 
-// Codes of channel i and i + D/2 share a byte: low and high nibble, two's complement.
-inline int low_nibble(uint8_t x) { return int8_t(x << 4) >> 4; }
-inline int high_nibble(uint8_t x) { return int8_t(x) >> 4; }
+// Sixteen codes; in two steps because GCC 12 takes one of four times the width by lanes.
+inline vf load(const int8_t* p) {
+  typedef int8_t v8 __attribute__((vector_size(16)));
+  typedef int16_t v16 __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(load_as<v8>(p), v16), vi), vf);
+}
+
+// Codes [rows][cols] by scale(row, col) to a tile of floats, or of pairs of rows; cols a multiple of 16.
+template <class T, class F>
+inline void scale_codes(const int8_t* codes, int64_t rows, int64_t cols, T* tile, const F& scale) {
+  const auto at = [&](int64_t r, int64_t c) { return load(codes + r * cols + c) * scale(r, c); };
+  for (int64_t r = 0; r < rows; r += 4 / sizeof(T))
+    for (int64_t c = 0; c < cols; c += LANES) {
+      if constexpr (sizeof(T) == 4) {
+        store(tile + r * cols + c, at(r, c));
+      } else {
+        const vu low = __builtin_convertvector(narrow(at(r, c)), vu);
+        const vu high = __builtin_convertvector(narrow(at(r + 1, c)), vu);
+        const vu pairs = low | high << 16;
+        std::memcpy(tile + r * cols + 2 * c, &pairs, sizeof(pairs));
+      }
+    }
+}
+
+constexpr int64_t MOST_CODES = TILE * 256;  // of a tile
 
 // The K tile of (page, head) in T, in place or in `scratch` (64 D elements).
 template <class T>
@@ -161,25 +183,11 @@ inline const T* k_tile(const Pool& pool, int64_t page, int64_t head, T* scratch)
     pack_k((const T*)at, size, scratch);
     return scratch;
   }
+  alignas(64) int8_t codes[MOST_CODES];
   const bf16* scale = pool.k_scale_at(page, head);
-  if (pool.format == Format::int8) {
-    const int8_t* codes = (const int8_t*)at;
-    for (int64_t d = 0; d < size; ++d) {
-      const float s = widen(scale[d]);
-      for (int64_t t = 0; t < TILE; ++t) scratch[k_index<T>(t, d)] = from_float<T>(codes[t * size + d] * s);
-    }
-  } else {
-    const uint8_t* codes = (const uint8_t*)at;
-    const int64_t half = size / 2;
-    for (int64_t d = 0; d < half; ++d) {
-      const float low = widen(scale[d]), high = widen(scale[d + half]);
-      for (int64_t t = 0; t < TILE; ++t) {
-        const uint8_t x = codes[t * half + d];
-        scratch[k_index<T>(t, d)] = from_float<T>(low_nibble(x) * low);
-        scratch[k_index<T>(t, d + half)] = from_float<T>(high_nibble(x) * high);
-      }
-    }
-  }
+  const int64_t high = pool.format == Format::int4 ? size / 2 : 0;  // codes of channel i and i + D/2 share a byte
+  transpose_codes((const uint8_t*)at, TILE, high ? high : size, codes, TILE, high * TILE, at);
+  scale_codes(codes, size, TILE, scratch, [=](int64_t d, int64_t) { return splat(widen(scale[d])); });
   return scratch;
 }
 
@@ -194,25 +202,11 @@ inline const T* v_tile(const Pool& pool, int64_t page, int64_t head, T* scratch)
     pack_v((const T*)at, size, scratch);
     return scratch;
   }
+  alignas(64) int8_t codes[MOST_CODES];
   const bf16* scale = pool.v_scale_at(page, head);
-  if (pool.format == Format::int8) {
-    const int8_t* codes = (const int8_t*)at;
-    for (int64_t d = 0; d < size; ++d) {
-      const float s = widen(scale[d]);
-      for (int64_t t = 0; t < TILE; ++t) scratch[v_index<T>(t, d, size)] = from_float<T>(codes[d * TILE + t] * s);
-    }
-  } else {
-    const uint8_t* codes = (const uint8_t*)at;
-    const int64_t half = size / 2;
-    for (int64_t d = 0; d < half; ++d) {
-      const float low = widen(scale[d]), high = widen(scale[d + half]);
-      for (int64_t t = 0; t < TILE; ++t) {
-        const uint8_t x = codes[d * TILE + t];
-        scratch[v_index<T>(t, d, size)] = from_float<T>(low_nibble(x) * low);
-        scratch[v_index<T>(t, d + half, size)] = from_float<T>(high_nibble(x) * high);
-      }
-    }
-  }
+  const int64_t high = pool.format == Format::int4 ? size / 2 : 0;
+  transpose_codes((const uint8_t*)at, high ? high : size, TILE, codes, size, high, at);
+  scale_codes(codes, TILE, size, scratch, [=](int64_t, int64_t d) { return load(scale + d); });
   return scratch;
 }
 
