@@ -1,8 +1,8 @@
 """Taking over a model: what cannot work is refused by name, and the rest has to prove itself at once.
 
-The proof is one short text, answered by the model's own attention and by ours in two steps. It costs two dozen
-tokens of computation and finds what no list of names does: keys that never arrive, arguments that change
-the scores, logits that are made in another way.
+The proof is one short text, answered by the model's own attention and by ours in two steps. It costs two
+dozen tokens of computation and finds what no list of names does: keys that never arrive, arguments that
+change the scores, logits that are made in another way.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def mask(
 ) -> Tensor | None:
     """The given `[B, L]` mask, or None if it hides nothing; windows are the attention function's business.
 
-    Raises ModelError (unsupported) for a mask that is not causal or a cache that is not filled from its start.
+    Raises ModelError (unsupported) for a mask that is not causal or a cache with room that is not filled.
     """
     if not allow_is_causal_skip:  # how transformers marks a mask that is more than causal, window and padding
         raise _unsupported("a mask that is not causal (packed texts, groups of tokens that see each other)")

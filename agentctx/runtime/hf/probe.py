@@ -1,9 +1,9 @@
 """How a model turns its keys, found by looking at them.
 
-A token that is alone sees only itself, so what flows through the layers does not depend on its position; its
-keys do. One pass over a batch of such tokens, each at another position, therefore shows in every layer the
-same key turned by different angles. A model's own tables (its buffers named `*inv_freq`) are tried on it until
-one explains what is seen. Norms before the rotation, and factors on it, are in the key at position 0 already.
+A token that is alone sees only itself, so what flows through the layers does not depend on its position;
+its keys do. One pass over a batch of such tokens, each at another position, therefore shows in every layer
+the same key turned by different angles. A model's own tables (its buffers named `*inv_freq`) are tried on it
+until one explains what is seen. Norms before the rotation, and factors on it, are in the key at position 0.
 """
 
 from __future__ import annotations
@@ -95,13 +95,16 @@ def _tables(model: Any) -> list[tuple[Tensor, float]]:
     return found
 
 
-def _explained(keys: Tensor, places: Tensor, tables: list[tuple[Tensor, float]]) -> Rotation | None:
+def _explained(keys: Tensor | None, places: Tensor, tables: list[tuple[Tensor, float]]) -> Rotation | None:
     """keys `[P, Hkv, 1, D]` of one token at the places, the first of which is 0."""
+    if keys is None:  # the layer uses those of another
+        return None
     first = keys[:1].expand_as(keys).contiguous()
+    found = keys.float()
     limit = CLOSE.get(keys.dtype, ROUNDED_CLOSE) * float(first.abs().max())
 
     def fits(guess: Tensor) -> bool:
-        return float((guess.float() - keys.float()).abs().max()) <= limit
+        return float((guess.float() - found).abs().max()) <= limit
 
     if fits(first):
         return Rotation(0, "half", keys.new_zeros(0, dtype=torch.float32), 1.0)
