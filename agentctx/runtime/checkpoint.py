@@ -32,7 +32,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for shard in _shards(folder):
             tensors |= load_file(folder / shard)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _broken(f"{folder / shard} cannot be read: {error}") from error
+        raise _broken(f"{folder / shard} cannot be loaded: {error}") from error
     return tensors
 
 

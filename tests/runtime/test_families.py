@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import PagePool
 from agentctx.memory.kv.store import BlockStore
 from agentctx.runtime.engine import Engine
@@ -166,3 +167,25 @@ def test_what_was_saved_is_read_back_bit_for_bit(case: Case, tmp_path: Path) -> 
         assert all(map(torch.equal, engine.pool.read(mine, 64), later.pool.read(other, 64)))
     assert hidden is not None
     torch.testing.assert_close(later.logits(hidden), case.logits[0, -1], atol=CLOSE, rtol=0)
+
+
+def test_longrope_is_read_within_its_first_table() -> None:
+    body = HFBody(tiny.FAMILIES["phi3-longrope"]())
+    engine = Engine(body, fingerprint="tiny", memory_bytes=MEMORY)
+    with pytest.raises(ModelError, match=f"the model's window of {tiny.LONG_FROM:,}") as raised:
+        engine.read([5] * (tiny.LONG_FROM + 1))
+    assert raised.value.code == "overflow"
+
+
+def test_longrope_generates_past_its_first_table() -> None:
+    """Where transformers computes all keys again, under the second table."""
+    model = tiny.FAMILIES["phi3-longrope"]()
+    model.config.original_max_position_embeddings = 64
+    model.config.rope_parameters["original_max_position_embeddings"] = 64
+    ids = torch.randint(2, 97, (1, 60), generator=torch.Generator().manual_seed(4))
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    stock = model.generate(ids, **options)
+    body = HFBody(model)
+    assert body.window == 64
+    cache = PagedCache(PagePool(body.shape, budget=MEMORY))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), stock)

@@ -21,6 +21,7 @@ LAYOUTS = {
     "phi3-longrope": [(16, "half")] * 2,
     "smollm3": [(16, "half"), (0, "half")] * 2,
     "gpt-oss": [(16, "half")] * 2,
+    "cohere": [(16, "interleaved")] * 2,
     "glm": [(8, "interleaved")] * 2,
 }
 

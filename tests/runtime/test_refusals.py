@@ -61,7 +61,7 @@ def _chunked() -> Any:
         (_falcon, "does not take an attention function"),
         (_t5, "has an encoder"),
         (_deepseek, "compressed keys"),
-        (lambda: tiny.tiny("Granite", logits_scaling=4.0), "scales its logits"),
+        (lambda: tiny.tiny("DiffLlama"), "its logits would change by"),
         (_chunked, "keys in chunks"),
     ],
 )

@@ -44,7 +44,7 @@ def tiny(family: str, **settings: Any) -> Any:
 def _phi3() -> Any:
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [4.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": LONG_FROM}
-    return tiny("Phi3", rope_parameters=rope | factors)
+    return tiny("Phi3", rope_parameters=rope | factors, original_max_position_embeddings=LONG_FROM)
 
 
 def _gpt_oss() -> Any:
@@ -81,5 +81,7 @@ FAMILIES: Mapping[str, Callable[[], Any]] = MappingProxyType(
         "phi3-longrope": _phi3,
         "smollm3": lambda: tiny("SmolLM3", num_hidden_layers=4, no_rope_layer_interval=2),
         "gpt-oss": _gpt_oss,
+        "granite": lambda: tiny("Granite", logits_scaling=4.0, attention_multiplier=0.1),
+        "cohere": lambda: tiny("Cohere", logit_scale=0.25),  # interleaved rotation
     }
 )

@@ -44,9 +44,6 @@ def refuse(model: Any) -> None:
         "its code does not take an attention function": not getattr(
             model, "_supports_attention_backend", False
         ),
-        "it scales its logits": any(
-            getattr(config, name, None) for name in ("logit_scale", "logits_scaling")
-        ),
         "it keeps a state, or keys in chunks": not LAYER_KINDS.issuperset(
             getattr(config, "layer_types", None) or ()
         ),

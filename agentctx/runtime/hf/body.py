@@ -31,6 +31,10 @@ class HFBody:
         self.window: int = _window(config)
         self.weight_bytes = sum(weight.nbytes for weight in model.parameters())
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._factor: float = (
+            getattr(config, "logit_scale", None) or 1.0
+        )  # Cohere's name for it, and Granite's
+        self._factor /= getattr(config, "logits_scaling", None) or 1.0
         self._head = model.get_output_embeddings()
         take_over(self)
 
@@ -50,6 +54,8 @@ class HFBody:
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""
         logits: Tensor = self._head(hidden)
+        if self._factor != 1:
+            logits = logits * self._factor
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
