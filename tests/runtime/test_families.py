@@ -118,6 +118,28 @@ def test_beams(case: Case) -> None:
     assert case.generated(case.ids, NAME, **options) == case.generated(case.ids, "eager", **options)
 
 
+def test_rows_that_are_chosen_go_on_from_their_own_past(case: Case) -> None:
+    """What beams do: rows change places and split, padding and all; then each writes to its own pages."""
+    pads = torch.tensor([0, 71])
+    shown = (torch.arange(LENGTH) >= pads[:, None]).long()
+    cache = case.cache()
+    with torch.inference_mode():
+        case.model(case.ids[:, :200], attention_mask=shown[:, :200], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.batch_repeat_interleave(2)
+        rows, tails = [1, 1, 0, 0], [0, 1, 0, 1]
+        ids, mask = case.ids[tails, 200:], shown[rows]
+        at = (mask.cumsum(1) - 1)[:, 200:]
+        found = case.model(ids, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+        for row, tail, logits in zip(rows, tails, found, strict=True):
+            alone = torch.cat([case.ids[row, pads[row] : 200], case.ids[tail, 200:]])
+            wanted = case.model(alone[None], use_cache=False).logits[0, 200 - LENGTH :]
+            torch.testing.assert_close(logits, wanted, atol=CLOSE, rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.pool.used_pages == 0
+
+
 def test_cropped_and_fed_again_is_as_if_never_cropped(case: Case) -> None:
     cache = case.cache()
     case.fed([250, 50], cache)
