@@ -124,13 +124,16 @@ def test_rows_that_are_chosen_go_on_from_their_own_past(case: Case) -> None:
     shown = (torch.arange(LENGTH) >= pads[:, None]).long()
     cache = case.cache()
     with torch.inference_mode():
-        case.model(case.ids[:, :200], attention_mask=shown[:, :200], past_key_values=cache)
+        at = (shown.cumsum(1) - 1).clamp_min(0)
+        first = shown[:, :200]
+        case.model(case.ids[:, :200], attention_mask=first, position_ids=at[:, :200], past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.batch_repeat_interleave(2)
         rows, tails = [1, 1, 0, 0], [0, 1, 0, 1]
         ids, mask = case.ids[tails, 200:], shown[rows]
-        at = (mask.cumsum(1) - 1)[:, 200:]
-        found = case.model(ids, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+        found = case.model(
+            ids, attention_mask=mask, position_ids=at[rows, 200:], past_key_values=cache
+        ).logits
         for row, tail, logits in zip(rows, tails, found, strict=True):
             alone = torch.cat([case.ids[row, pads[row] : 200], case.ids[tail, 200:]])
             wanted = case.model(alone[None], use_cache=False).logits[0, 200 - LENGTH :]
