@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,26 +20,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentctx.kernels.rope import rope
-from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import KVShape
+from agentctx.runtime.checkpoint import Checkpoint, read_tensors
 from agentctx.runtime.layer import Scoring, with_sinks
 from agentctx.runtime.linear import Linear
 from agentctx.runtime.state import KVState
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(  # with keys that have other defaults there
+    {
+        "llama": (),
+        "mistral": ("num_key_value_heads", "sliding_window"),
+        "qwen2": ("num_key_value_heads",),
+        "qwen3": ("num_key_value_heads", "head_dim"),
+    }
+)
 
 
 def supports(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes this architecture and nothing beyond it."""
-    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
-        "rope_type", "default"
-    )
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        return False
+    windowed = config.get("sliding_window") is not None
+    if family != "mistral":
+        windowed = windowed and config.get("use_sliding_window", True)
     return (
-        config.get("model_type") in FAMILIES
-        and rope_type == "default"
+        all(key in config for key in (*NEEDED, *FAMILIES[family]))
+        and all(_plain(config.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+        and config.get("partial_rotary_factor", 1.0) == 1.0
         and config.get("hidden_act", "silu") == "silu"
-        and (config.get("sliding_window") is None or not config.get("use_sliding_window", True))
+        and set(config.get("layer_types") or ()) <= {"full_attention"}
+        and not windowed
         and "quantization_config" not in config
+    )
+
+
+def _plain(rope: Mapping[str, Any]) -> bool:
+    """Whether a description of the rotary positions asks for nothing but a base."""
+    return (
+        rope.get("rope_type", rope.get("type", "default")) == "default"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and not any(isinstance(value, Mapping) for value in rope.values())  # one for each kind of layer
     )
 
 
@@ -68,10 +99,13 @@ class LlamaDecoder:
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float()
         self.inv_freq = 1.0 / (theta ** (steps / self.head_dim))
         self.scoring = Scoring(self.head_dim**-0.5)
-        weights = _Weights(tensors, dtype)
+        weights = Checkpoint(tensors, dtype, config)
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
-        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in tensors
+        own = tensors.get("lm_head.weight")
+        tied = config.get("tie_word_embeddings", False) and (  # as transformers: a head that differs is used
+            own is None or torch.equal(own, tensors["model.embed_tokens.weight"])
+        )
         self.head = Linear(self.embedding if tied else weights["lm_head.weight"])
         self.layers = [self._layer(weights, index) for index in range(self.shape.layers)]
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -80,21 +114,11 @@ class LlamaDecoder:
     def load(cls, folder: Path, dtype: torch.dtype) -> LlamaDecoder:
         """Read a folder whose config `supports` accepts.
 
-        Raises ModelError for a tensor that is missing or a shard that is damaged.
+        Raises ModelError for a shard that is missing or damaged, and for a tensor that is missing or does not
+        fit.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         config = json.loads((folder / "config.json").read_bytes())
-        tensors: dict[str, Tensor] = {}
-        try:
-            for shard in sorted(folder.glob("*.safetensors")):
-                tensors |= load_file(shard)
-            return cls(config, tensors, dtype)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise ModelError(
-                f"the weights in {folder} cannot be loaded: {error}", hint="are all its files complete?"
-            ) from error
+        return cls(config, read_tensors(folder), dtype)
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """See `Body`."""
@@ -124,7 +148,7 @@ class LlamaDecoder:
         found = state.attend(index, q, k, qkv[:, rotated:], self.scoring)
         return layer.out(with_sinks(found, None).transpose(1, 2).reshape(batch, new, -1))
 
-    def _layer(self, weights: _Weights, index: int) -> _Layer:
+    def _layer(self, weights: Checkpoint, index: int) -> _Layer:
         name = f"model.layers.{index}."
         attention, mlp = name + "self_attn.", name + "mlp."
         return _Layer(
@@ -137,23 +161,3 @@ class LlamaDecoder:
             weights.joined([mlp + "gate_proj", mlp + "up_proj"]),
             weights.joined([mlp + "down_proj"]),
         )
-
-
-class _Weights:
-    """Tensors by name, in one dtype."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self._dtype)
-
-    def get(self, name: str) -> Tensor | None:
-        return self[name] if name in self._tensors else None
-
-    def joined(self, names: list[str]) -> Linear:
-        """Several products over one input as one."""
-        weight = [self[f"{name}.weight"] for name in names]
-        bias = [self[f"{name}.bias"] for name in names if f"{name}.bias" in self._tensors]
-        return Linear(torch.cat(weight) if len(weight) > 1 else weight[0], torch.cat(bias) if bias else None)

@@ -19,12 +19,7 @@ class BlockTable:
         self.pool = pool
         self.tokens = 0
         self.pages: list[int] = []
-        self._ids = torch.zeros(16, dtype=torch.int32)
-
-    @property
-    def ids(self) -> Tensor:
-        """int32 `[blocks]`, at least one entry."""
-        return self._ids[: max(1, len(self.pages))]
+        self.ids = torch.zeros(1, dtype=torch.int32)  # the pages, at least one entry; never changed in place
 
     def reserve(self, tokens: int) -> None:
         """Own room for `tokens` tokens in all: new pages, and a copy of the open page if it is shared.
@@ -76,9 +71,7 @@ class BlockTable:
         self.crop(0)
 
     def _publish(self) -> None:
-        if len(self.pages) > len(self._ids):
-            self._ids = torch.zeros(2 * len(self.pages), dtype=torch.int32)
-        self._ids[: len(self.pages)] = torch.tensor(self.pages, dtype=torch.int32)
+        self.ids = torch.tensor(self.pages or [0], dtype=torch.int32)
 
 
 def stacked(tables: Sequence[BlockTable]) -> Tensor:

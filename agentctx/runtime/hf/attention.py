@@ -21,7 +21,9 @@ from agentctx.runtime.hf.cache import MARK, KVLayer, pads_of
 from agentctx.runtime.layer import LayerKV, Scoring, with_sinks
 
 NAME = "agentctx"
-INERT = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "output_hidden_states"})
+INERT = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_hidden_states", "output_router_logits"}
+)
 
 
 def register() -> None:
@@ -30,10 +32,24 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(*, attention_mask: Tensor | None = None, **_layout: Any) -> Tensor | None:
-    """The given `[B, L]` mask, or None if it hides nothing. What transformers says of the layout is not
-    needed.
+def mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **_layout: Any,
+) -> Tensor | None:
+    """The given `[B, L]` mask, or None if it hides nothing; windows are the attention function's business.
+
+    Raises ModelError (unsupported) for a mask that is not causal or a cache with room that is not filled.
     """
+    if not allow_is_causal_skip:  # how transformers marks a mask that is more than causal, window and padding
+        raise _unsupported("a mask that is not causal (packed texts, groups of tokens that see each other)")
+    if kv_offset + kv_length != int(q_offset) + q_length:
+        raise _unsupported("a cache of a fixed size")
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
@@ -51,6 +67,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -59,6 +76,8 @@ def attention(
     Raises ModelError (unsupported) for an argument that would change the result and is not known.
     """
     _refuse(others, dropout, output_attentions)
+    if is_causal is False:
+        raise _unsupported("attention to later tokens")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise _unsupported(f"a mask of shape {list(attention_mask.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -76,7 +95,7 @@ def attention(
 def _without_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Attention:
     """A pass that keeps nothing: the same arithmetic over pages made for it."""
     batch, heads, new, size = k.shape
-    pads = pads_of(mask, batch)
+    pads = pads_of(None if mask is None else mask[:, -new:], batch)
     blocks = -(-new // PAGE_TOKENS)
     room = blocks * PAGE_TOKENS - new
 

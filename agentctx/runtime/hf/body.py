@@ -11,27 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import KVShape
-from agentctx.runtime.hf.attention import NAME, register
+from agentctx.runtime.hf.adopt import refuse, take_over
 from agentctx.runtime.hf.cache import PagedCache
 from agentctx.runtime.state import KVState
 
 
 class HFBody:
-    """A transformers causal language model."""
+    """A transformers causal language model. Raises ModelError (unsupported) for one that it cannot serve."""
 
     def __init__(self, model: Any) -> None:
-        self.model = _adopted(model)
+        refuse(model)
+        self.model = model.eval()
         config = model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         device = next(model.parameters()).device
         self.shape = KVShape(config.num_hidden_layers, heads, size, model.dtype, str(device))
-        self.window: int = config.max_position_embeddings
+        self.window: int = _window(config)
         self.weight_bytes = sum(weight.nbytes for weight in model.parameters())
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._factor: float = (
+            getattr(config, "logit_scale", None) or 1.0
+        )  # Cohere's name for it, and Granite's
+        self._factor /= getattr(config, "logits_scaling", None) or 1.0
         self._head = model.get_output_embeddings()
+        take_over(self)
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """See `Body`."""
@@ -49,35 +54,21 @@ class HFBody:
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""
         logits: Tensor = self._head(hidden)
+        if self._factor != 1:
+            logits = logits * self._factor
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
 
-def _adopted(model: Any) -> Any:
-    """The model with our attention. Raises ModelError (unsupported) for what it could not serve."""
-    config = model.config.get_text_config()
-    refused = {
-        "it has an encoder": getattr(config, "is_encoder_decoder", False),
-        "it keeps compressed keys (multi-head latent attention)": hasattr(config, "kv_lora_rank"),
-        "its code does not take an attention function": not getattr(
-            model, "_supports_attention_backend", False
-        ),
-        "it scales its logits": any(
-            getattr(config, name, None) for name in ("logit_scale", "logits_scaling")
-        ),
-        "it keeps a state, not keys": any(
-            kind not in ("full_attention", "sliding_attention")
-            for kind in getattr(config, "layer_types", None) or ()
-        ),
-    }
-    for reason, true in refused.items():
-        if true:
-            raise ModelError(
-                f"{type(model).__name__} cannot run on agentctx's runtime: {reason}",
-                code="unsupported",
-                hint="choose a model of a supported family (README, models)",
-            )
-    register()
-    model.set_attn_implementation(NAME)
-    return model.eval()
+def _window(config: Any) -> int:
+    """Tokens that the model takes. Longrope has a second rotary table for longer texts: keys turned by one
+    cannot be mixed with keys turned by the other, and a text that is read piece by piece begins with the
+    first.
+    """
+    tables = getattr(config, "rope_parameters", None) or {}
+    window: int = config.max_position_embeddings
+    for table in (tables, *tables.values()):
+        if isinstance(table, dict) and table.get("rope_type") == "longrope":
+            window = min(window, table["original_max_position_embeddings"])
+    return window

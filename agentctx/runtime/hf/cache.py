@@ -85,6 +85,12 @@ class PagedCache(Cache):
                 f"the cache holds {len(self.state.tables)} rows, the batch has {batch}",
                 hint="use a cache for one batch only",
             )
+        if mask is not None and [-pad for pad in pads_of(mask, batch)] != self.state.shifts:
+            raise ModelError(
+                "the attention mask hides tokens that the cache holds",
+                code="unsupported",
+                hint="pad on the left, in the first call",
+            )
         return self.state
 
     def check(self) -> None:
