@@ -26,11 +26,12 @@ LEASE = """# Lease
 
 
 @pytest.fixture
-def folder(tmp_path: Path, embedded: Paths, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory, and a home of its own that borrows only the model."""
+def folder(tmp_path: Path, embedded: Paths, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, and a home of its own that borrows the model and the kernels."""
     home = tmp_path / "home"
     (home / "cache").mkdir(parents=True)
     (home / "cache" / "models").symlink_to(embedded.models)
+    (home / "cache" / "kernels").symlink_to(kernels)
     for name in [name for name in os.environ if name.startswith("AGENTCTX_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AGENTCTX_HOME", str(home))
