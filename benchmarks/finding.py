@@ -211,7 +211,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 def load(name: str) -> LikelihoodReader:
     """The model's reader; what it keeps stays in memory, so that a run depends on no earlier one."""
-    chat: Any = open_model(name, paths=Paths.default(), ephemeral=True).chat
+    chat: Any = open_model(name, paths=Paths.default(), kv_bytes=0).chat
     return LikelihoodReader(chat.weights.engine, chat.weights.tokenizer)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
+from agentctx.paths import KV_BYTES
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from agentctx.runtime.body import Body
 
-KV_BYTES = 4 << 30  # of disk, for the KV of what was read
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
 _BLOCK = 1 << 20
 
@@ -66,7 +66,6 @@ class Weights:
         kv: Path | None = None,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
-        warn: Callable[[str], None] | None = None,
     ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
 
@@ -83,9 +82,9 @@ class Weights:
             content = identity.result()  # before anything of the files is used
             body, tokenizer = _read(folder, dtype, device, name)
         fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
-        store = BlockStore(kv, fingerprint[:16], budget=kv_bytes) if kv else None
+        store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
-        engine = Engine(body, fingerprint=fingerprint, memory_bytes=room, store=store, warn=warn)
+        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), store=store)
         return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
 
 
