@@ -1,4 +1,4 @@
-"""Blocks on disk: what comes back is what was put, whatever happens to the files, and never too much of it."""
+"""Blocks on disk: what comes back is what was put, whatever happens to the files, within a budget."""
 
 from __future__ import annotations
 

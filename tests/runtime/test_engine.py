@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -31,7 +32,8 @@ TEXT = [(7 * i * i + 3 * i) % 250 for i in range(700)]  # ten whole blocks and a
 QUESTION = [5, 6, 7, 8]
 
 
-def decoder(window: int = 1024) -> LlamaDecoder:
+@functools.cache
+def decoder() -> LlamaDecoder:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -40,19 +42,15 @@ def decoder(window: int = 1024) -> LlamaDecoder:
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=window,
+        max_position_embeddings=1024,
         initializer_range=0.3,  # large, so that a wrong past changes the answer
     )
     model = LlamaForCausalLM(config)
     return LlamaDecoder(config.to_dict(), model.state_dict(), torch.float32)
 
 
-BODY = decoder()
-
-
-def engine(
-    kv: Path | None = None, *, pages: int = 64, body: LlamaDecoder = BODY, codec: str = "plain"
-) -> Engine:
+def engine(kv: Path | None = None, *, pages: int = 64, codec: str = "plain") -> Engine:
+    body = decoder()
     store = BlockStore(kv, "tiny", budget=1 << 30, codec=codec) if kv else None
     return Engine(body, fingerprint="tiny", memory_bytes=pages * body.shape.page_bytes, store=store)
 
@@ -74,7 +72,9 @@ def answer(context: Context, question: Sequence[int] = QUESTION, most: int = 12)
     return ids
 
 
-EXPECTED = answer(engine().read(TEXT))
+@functools.cache
+def expected() -> list[int]:
+    return answer(engine().read(TEXT))
 
 
 def block_files(kv: Path) -> list[Path]:
@@ -91,7 +91,7 @@ def test_a_text_is_read_once_in_memory_and_across_engines(kv: Path) -> None:
     assert again.table.pages == context.table.pages
     other = engine(kv).read(TEXT, keep=True)
     assert (other.computed, other.reused) == (0, len(TEXT))
-    assert answer(other) == answer(again) == answer(context) == EXPECTED
+    assert answer(other) == answer(again) == answer(context) == expected()
 
 
 def test_what_is_not_to_be_kept_is_not_on_disk(kv: Path) -> None:
@@ -132,7 +132,7 @@ def test_forks_copy_nothing_until_they_write(kv: Path) -> None:
     for fork in forks:
         fork.close()
     assert subject.pool.used_pages == used
-    assert answer(context) == EXPECTED
+    assert answer(context) == expected()
 
 
 def test_separate_forks_answer_as_if_alone() -> None:
@@ -155,7 +155,7 @@ def test_the_same_question_gets_the_same_answer_whatever_came_between(kv: Path) 
         found.append(list(ids))
         context.close()
         subject.begin(other)[0].close()
-    assert found == [EXPECTED] * 3
+    assert found == [expected()] * 3
 
 
 def test_sampling_follows_its_seed_alone() -> None:
@@ -202,7 +202,7 @@ def test_a_cancelled_read_keeps_its_blocks_and_goes_on(kv: Path) -> None:
     assert len(block_files(kv)) == 8
     later = engine(kv).read(TEXT, keep=True)
     assert (later.reused, later.computed) == (512, 188)
-    assert answer(later) == EXPECTED
+    assert answer(later) == expected()
 
 
 def test_several_texts_are_read_as_each_alone(kv: Path) -> None:
@@ -238,16 +238,17 @@ def test_a_text_larger_than_the_memory_fails_whole_and_leaks_nothing(call: str, 
 
 
 def test_a_flipped_byte_in_any_block_is_told_and_computed_again(kv: Path) -> None:
-    engine(kv).read(TEXT, keep=True)
+    text = TEXT[:200]
+    right = answer(engine(kv).read(text, keep=True), most=4)
     for path in block_files(kv):
         data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
+        data[len(data) // 2] ^= 4  # in the tensors; tests/memory flips all of the header
         path.write_bytes(data)
-        context = engine(kv).read(TEXT, keep=True)
+        context = engine(kv).read(text, keep=True)
         assert len(context.warnings) == 1 and str(path) in context.warnings[0]
         assert "damaged" in context.warnings[0] and context.computed > 0
-        assert answer(context) == EXPECTED
-        clean = engine(kv).read(TEXT)
+        assert answer(context, most=4) == right
+        clean = engine(kv).read(text)
         assert (clean.computed, clean.warnings) == (0, [])
 
 
@@ -275,10 +276,10 @@ def test_a_full_disk_costs_a_warning_and_no_answer(kv: Path, monkeypatch: pytest
         patch.setattr(os, "replace", full)
         context = engine(kv).read(TEXT, keep=True)
     assert "No space left" in context.warnings[0] and "read again next time" in context.warnings[0]
-    assert answer(context) == EXPECTED
+    assert answer(context) == expected()
     assert len(block_files(kv)) == 2 and not list(kv.glob("*/*/.*"))  # one replace was for about.json
     later = engine(kv).read(TEXT, keep=True)
-    assert (later.reused, later.warnings) == (128, []) and answer(later) == EXPECTED
+    assert (later.reused, later.warnings) == (128, []) and answer(later) == expected()
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
@@ -292,14 +293,13 @@ def test_a_coded_store_is_close(kv: Path, codec: str) -> None:
 
 
 class Memory(RuleBasedStateMachine):
-    """Texts that begin alike, read, asked, dropped in a pool for a few of them: the budget holds, every answer
-    is that of an engine with room for all.
+    """Texts that begin alike are read, asked and dropped in a pool for a few of them: the budget holds, and
+    every answer is that of an engine with room for all.
     """
-
-    roomy = engine(pages=400)
 
     def __init__(self) -> None:
         super().__init__()
+        self.roomy = engine(pages=400)
         self.engine = engine(pages=9)
         self.held: list[Context] = []
 
@@ -327,9 +327,9 @@ class Memory(RuleBasedStateMachine):
         except ModelError:
             return
         exact = self.roomy.read(context.ids)
-        expected = self._hidden(exact, question)
+        right = self._hidden(exact, question)
         exact.close()
-        assert torch.allclose(hidden, expected, atol=1e-4)
+        assert torch.allclose(hidden, right, atol=1e-4)
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 9))
@@ -361,7 +361,7 @@ class Memory(RuleBasedStateMachine):
 
 
 TestMemory = Memory.TestCase
-TestMemory.settings = settings(max_examples=12, stateful_step_count=15, deadline=None, derandomize=True)
+TestMemory.settings = settings(max_examples=8, stateful_step_count=12, deadline=None, derandomize=True)
 
 CHILD = """
     import json, sys, threading
