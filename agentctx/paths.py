@@ -8,6 +8,8 @@ from pathlib import Path
 
 import platformdirs
 
+KV_BYTES = 4 << 30  # what the folder `kv` may take if nobody says otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -42,6 +44,10 @@ class Paths:
     @property
     def blobs(self) -> Path:
         return self.data / "blobs"
+
+    @property
+    def secret(self) -> Path:
+        return self.data / "secret"
 
     @property
     def runs(self) -> Path:

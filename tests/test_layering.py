@@ -21,6 +21,7 @@ RANKS = {
     "paths": 0,
     "blocking": 0,
     "privacy": 0,
+    "secret": 0,
     "sources": 0,
     "runtime": 0,
     "models": 1,

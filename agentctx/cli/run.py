@@ -149,6 +149,8 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,
         offline=settings.offline,
         ephemeral=settings.ephemeral,
+        kv_bytes=settings.kv_bytes,
+        memory_bytes=settings.memory_bytes,
         progress=output.progress.stage,
     )
 

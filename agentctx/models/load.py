@@ -13,7 +13,7 @@ from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry
-from agentctx.paths import Paths
+from agentctx.paths import KV_BYTES, Paths
 from agentctx.workflows.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ class Model:
     warnings: tuple[Notice, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a local model may take: tokens of its window, bytes of disk and of memory."""
+
+    window: int | None
+    kv_bytes: int
+    memory_bytes: int | None
+
+
 def open_model(
     name: str,
     *,
@@ -44,14 +53,19 @@ def open_model(
     paths: Paths,
     offline: bool = False,
     window: int | None = None,
+    kv_bytes: int = KV_BYTES,
+    memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
+    download. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
+    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an unknown
+    name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
+    limits = Limits(window, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
         from agentctx.models.endpoint import open_endpoint
 
@@ -59,50 +73,55 @@ def open_model(
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
+        return _open_fetched(TABLE[name], paths, limits, offline=offline, progress=report)
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, paths, window=window)
-    return _open_gguf(place, paths, window=window, progress=report)
+        return _open_folder(place, name, paths, limits)
+    return _open_gguf(place, paths, limits, progress=report)
 
 
-def _open_fetched(
-    entry: Entry, paths: Paths, *, offline: bool, window: int | None, progress: Progress
-) -> Model:
+def _open_fetched(entry: Entry, paths: Paths, limits: Limits, *, offline: bool, progress: Progress) -> Model:
     from agentctx.models.catalog import ensure
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, paths, window=window, entry=entry, manifest=Manifest.read(folder))
+    return _open_folder(folder, entry.name, paths, limits, entry=entry, manifest=Manifest.read(folder))
 
 
-def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
+def _open_gguf(file: Path, paths: Paths, limits: Limits, *, progress: Progress) -> Model:
     from agentctx.models.catalog import converted
     from agentctx.models.manifest import Manifest
 
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, paths, window=window, manifest=Manifest.read(folder))
+    return _open_folder(folder, file.stem, paths, limits, manifest=Manifest.read(folder))
 
 
 def _open_folder(
     folder: Path,
     name: str,
     paths: Paths,
+    limits: Limits,
     *,
-    window: int | None,
     entry: Entry | None = None,
     manifest: Manifest | None = None,
 ) -> Model:
     with _collector_resting():
         from agentctx.models.weights import Weights
 
-        weights = Weights.load(folder, name=name, verify=manifest, kv=paths.kv)
-        context = weights.context if window is None else window
+        weights = Weights.load(
+            folder,
+            name=name,
+            verify=manifest,
+            kv=paths.kv if limits.kv_bytes else None,
+            kv_bytes=limits.kv_bytes,
+            memory_bytes=limits.memory_bytes,
+        )
+        context = limits.window or weights.context
         if context > weights.context:
             raise ConfigError(
-                f"a window of {window} tokens is more than the {weights.context} that {name} takes"
+                f"a window of {context} tokens is more than the {weights.context} that {name} takes"
             )
         profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
         return _assemble(weights, profile if entry is None else _measured(profile, entry))

@@ -159,7 +159,7 @@ class LocalChat(BaseChatModel):
         if request.prefill:
             yield _text_chunk(request.prefill)
         try:
-            context, hidden = self.weights.engine.begin(request.prompt, cancelled=cancelled)
+            context, hidden = self.weights.engine.begin(request.prompt, keep=True, cancelled=cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
         try:
@@ -196,15 +196,18 @@ class LocalChat(BaseChatModel):
                 break
         if rest := text.flush():
             yield _text_chunk(rest)
-        yield self._last_chunk(len(request.prompt), reused, count, reason)
+        yield self._last_chunk(len(request.prompt), reused, count, reason, context.warnings)
 
     def _explained(self, error: Exception) -> Exception:
         return out_of_memory(self.weights.name) if is_out_of_memory(error) else error
 
-    def _last_chunk(self, prompt: int, reused: int, answer: int, reason: str) -> ChatGenerationChunk:
+    def _last_chunk(
+        self, prompt: int, reused: int, answer: int, reason: str, warnings: list[str]
+    ) -> ChatGenerationChunk:
+        told = {"warnings": warnings} if warnings else {}
         message = AIMessageChunk(
             content="",
-            response_metadata={"model_name": self.model_name, "finish_reason": reason},
+            response_metadata={"model_name": self.model_name, "finish_reason": reason, **told},
             usage_metadata={
                 "input_tokens": prompt,
                 "output_tokens": answer,

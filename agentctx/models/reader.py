@@ -74,6 +74,7 @@ class LikelihoodReader:
                     hint="split the text into shorter passages",
                 )
         values: dict[str, float] = {}
+        warnings: list[str] = []
         computed = reused = 0
         for batch in _batches(contexts, len(asked)):
             held = self._engine.read_all(
@@ -86,10 +87,11 @@ class LikelihoodReader:
                 values.update(zip(batch, self._ask(held, last), strict=True))
                 computed += sum(context.computed for context in held) + len(asked) * len(batch)
                 reused += sum(context.reused for context in held)
+                warnings += [warning for context in held for warning in context.warnings]
             finally:
                 for context in held:
                     context.close()
-        return Scores(tuple(values[text] for text in texts), computed, reused)
+        return Scores(tuple(values[text] for text in texts), computed, reused, tuple(warnings))
 
     def _question(self, question: str) -> list[int]:
         if not question.strip():

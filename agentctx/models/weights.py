@@ -12,16 +12,16 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
+from agentctx.paths import KV_BYTES
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
 
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 
     from agentctx.runtime.body import Body
 
-KV_BYTES = 4 << 30  # of disk, for the KV of what was read
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
 class Weights:
-    """What `LocalChat` and a reader share."""
+    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer."""
 
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    ends: frozenset[int]
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, ends: frozenset[int]
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.name = name
+        self.ends = ends
 
     @property
     def fingerprint(self) -> str:
@@ -65,7 +66,6 @@ class Weights:
         kv: Path | None = None,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
-        warn: Callable[[str], None] | None = None,
     ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
 
@@ -82,9 +82,9 @@ class Weights:
             content = identity.result()  # before anything of the files is used
             body, tokenizer = _read(folder, dtype, device, name)
         fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
-        store = BlockStore(kv, fingerprint[:16], budget=kv_bytes) if kv else None
+        store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
-        engine = Engine(body, fingerprint=fingerprint, memory_bytes=room, store=store, warn=warn)
+        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), store=store)
         return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
 
 

@@ -8,8 +8,9 @@ shares the pages, and what it adds is its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,18 +27,21 @@ from agentctx.runtime.state import KVState
 
 CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
 TOGETHER = 4096  # tokens of several short texts in one pass, padding included; bounds its memory
-Warn = Callable[[str], None]
 
 
 @dataclass
 class Context:
-    """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before."""
+    """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before.
+
+    `warnings` says what of the disk failed on the way; none of it changes an answer.
+    """
 
     engine: Engine
     state: KVState  # of one row
     ids: list[int]
     computed: int = 0
     reused: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def table(self) -> BlockTable:
@@ -93,7 +97,6 @@ class Engine:
         memory_bytes: int,
         method: Dense | None = None,
         store: BlockStore | None = None,
-        warn: Warn | None = None,
     ) -> None:
         self.body = body
         self.method = method or Dense()
@@ -102,7 +105,6 @@ class Engine:
         self.store = store
         self.lock = threading.RLock()
         self.root = fingerprint
-        self._warn = warn
 
     def fits(self, tokens: int) -> None:
         """Raise ModelError (overflow) beyond the window."""
@@ -127,15 +129,9 @@ class Engine:
         `progress` is told the tokens held and wanted.
         """
         self.fits(len(ids))
-        named = list(blocks(ids, self.root))
-        context = self._known(ids, named)
-        while len(context.ids) < len(ids):
-            at = len(context.ids)
-            if context.feed(ids[at : at + CHUNK], cancelled=cancelled) is None:
-                break
-            self._remember(context, [block for block in named if at < block.end <= len(context.ids)], keep)
-            if progress:
-                progress(len(context.ids), len(ids))
+        context = self._known(ids, list(blocks(ids, self.root)))
+        with _closed_if_it_fails([context]):
+            self._continue(context, ids, keep, cancelled, progress)
         return context
 
     def read_all(
@@ -152,32 +148,39 @@ class Engine:
         """
         found: list[Context] = []
         fresh: list[int] = []  # texts of which nothing is held, and that one pass can take whole
-        for index, ids in enumerate(texts):
-            self.fits(len(ids))
-            context = self._known(ids, list(blocks(ids, self.root)))
-            if not context.ids and len(ids) <= CHUNK:
-                fresh.append(index)
-            elif len(context.ids) < len(ids):
-                context.close()
-                context = self.read(ids, keep=keep, cancelled=cancelled)
-            found.append(context)
-        fresh.sort(key=lambda index: len(texts[index]))
-        while fresh and not (cancelled is not None and cancelled.is_set()):
-            rows = max(1, TOGETHER // len(texts[fresh[-1]]))
-            batch, fresh = fresh[-rows:], fresh[:-rows]
-            self._read_together([found[index] for index in batch], [texts[index] for index in batch], keep)
+        with _closed_if_it_fails(found):
+            for index, ids in enumerate(texts):
+                self.fits(len(ids))
+                found.append(context := self._known(ids, list(blocks(ids, self.root))))
+                if not context.ids and len(ids) <= CHUNK:
+                    fresh.append(index)
+                else:
+                    self._continue(context, ids, keep, cancelled)
+            fresh.sort(key=lambda index: len(texts[index]))
+            while fresh and not (cancelled is not None and cancelled.is_set()):
+                rows = max(1, TOGETHER // max(1, len(texts[fresh[-1]])))
+                batch, fresh = fresh[-rows:], fresh[:-rows]
+                self._read_together(
+                    [found[index] for index in batch], [texts[index] for index in batch], keep
+                )
         return found
 
     def begin(
-        self, ids: Sequence[int], *, cancelled: threading.Event | None = None
+        self, ids: Sequence[int], *, keep: bool = False, cancelled: threading.Event | None = None
     ) -> tuple[Context, Tensor | None]:
-        """Hold a prompt; returns it with the hidden state of its last token, which is always computed."""
+        """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
+
+        With `keep`, its full blocks go to the disk; the open one at its end is no beginning of other prompts.
+        """
         self.fits(len(ids))
         named = list(blocks(ids, self.root))
+        if named[-1].end % PAGE_TOKENS:
+            named.pop()
         context = self._known(ids[:-1], named)
-        at = len(context.ids)
-        hidden = context.feed(ids[at:], cancelled=cancelled)
-        self._remember(context, [block for block in named if at < block.end <= len(context.ids)], keep=False)
+        with _closed_if_it_fails([context]):
+            at = len(context.ids)
+            hidden = context.feed(ids[at:], cancelled=cancelled)
+            self._remember(context, named, at, keep)
         return context, hidden
 
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
@@ -201,6 +204,23 @@ class Engine:
         with self.lock, torch.inference_mode():
             return self.body.logits(hidden).float()
 
+    def _continue(
+        self,
+        context: Context,
+        ids: Sequence[int],
+        keep: bool,
+        cancelled: threading.Event | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read on where `context` ends."""
+        named = list(blocks(ids, self.root))
+        while (at := len(context.ids)) < len(ids):
+            if context.feed(ids[at : at + CHUNK], cancelled=cancelled) is None:
+                return
+            self._remember(context, named, at, keep)
+            if progress:
+                progress(len(context.ids), len(ids))
+
     def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: bool) -> None:
         """One pass over whole texts, padded on the left."""
         width = max(map(len, texts))
@@ -210,17 +230,20 @@ class Engine:
         for context, ids in zip(contexts, texts, strict=True):
             context.ids[:] = ids
             context.computed = len(ids)
-            self._remember(context, list(blocks(ids, self.root)), keep)
+            self._remember(context, list(blocks(ids, self.root)), 0, keep)
 
     def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
         """What is held of the beginning of `ids`, in memory or on disk."""
+        warnings: list[str] = []
         with self.lock:
             table, held = BlockTable(self.pool), 0
             try:
                 for block in named:
-                    page = self.prefixes.get(block.name) if block.end <= len(ids) else None
-                    if page is None and block.end <= len(ids):
-                        page = self._load(block)
+                    if block.end > len(ids):
+                        break
+                    page = self.prefixes.get(block.name)
+                    if page is None:
+                        page = self._load(block, warnings)
                     if page is None:
                         break
                     table.append(page, block.end)
@@ -228,10 +251,11 @@ class Engine:
             except BaseException:
                 table.close()
                 raise
+            self._used([block.name for block in named if block.end <= held])
             state = KVState(self.pool, [table], self.method, [held])
-            return Context(self, state, list(ids[:held]), reused=held)
+            return Context(self, state, list(ids[:held]), reused=held, warnings=warnings)
 
-    def _load(self, block: Block) -> int | None:
+    def _load(self, block: Block, warnings: list[str]) -> int | None:
         """A page with a block from the disk; the index holds it."""
         if self.store is None:
             return None
@@ -240,7 +264,7 @@ class Engine:
         except StoreError as error:
             if error.code != "corrupt":
                 raise
-            self._tell(f"{error.message}; it is computed again")
+            warnings.append(f"{error.message}; it is computed again")
             return None
         if found is None:
             return None
@@ -250,20 +274,33 @@ class Engine:
         self.pool.release([page])
         return page
 
-    def _remember(self, context: Context, fresh: Sequence[Block], keep: bool) -> None:
-        """Index blocks that were computed, and write them to the disk if they are to be kept."""
+    def _remember(self, context: Context, named: Sequence[Block], before: int, keep: bool) -> None:
+        """Index the blocks that were computed after the first `before` tokens; with `keep`, write them."""
+        held = [block for block in named if block.end <= len(context.ids)]
+        fresh = [block for block in held if block.end > before]
         with self.lock:
             pages = [context.table.pages[block.start // PAGE_TOKENS] for block in fresh]
             self.prefixes.add(fresh, pages)
-            if not keep or self.store is None:
-                return
-            for block, page in zip(fresh, pages, strict=True):
+            if keep and self.store is not None:
                 try:
-                    self.store.put(block.name, *self.pool.read(page, block.end - block.start))
+                    for block, page in zip(fresh, pages, strict=True):
+                        self.store.put(block.name, *self.pool.read(page, block.end - block.start))
                 except StoreError as error:  # the answer does not depend on it
-                    self._tell(f"{error.message}; the text will be read again next time")
-                    return
+                    context.warnings.append(f"{error.message}; the text will be read again next time")
+            self._used([block.name for block in held])
 
-    def _tell(self, message: str) -> None:
-        if self._warn:
-            self._warn(message)
+    def _used(self, names: Sequence[str]) -> None:
+        self.prefixes.used(names)
+        if self.store is not None:
+            self.store.used(names)
+
+
+@contextmanager
+def _closed_if_it_fails(contexts: list[Context]) -> Iterator[None]:
+    """Who gets an error gets no context to close."""
+    try:
+        yield
+    except BaseException:
+        for context in contexts:
+            context.close()
+        raise

@@ -22,11 +22,16 @@ class PrefixIndex:
         pool.spare = self.free
 
     def get(self, name: str) -> int | None:
-        """The page of a block, which counts as used now."""
-        page = self._pages.get(name)
-        if page is not None:
-            self._pages.move_to_end(name)
-        return page
+        """The page of a block."""
+        return self._pages.get(name)
+
+    def used(self, names: Sequence[str]) -> None:
+        """These blocks of one text, in its order, were used now. Its end is given up before its beginning,
+        without which it would be worth nothing.
+        """
+        for name in reversed(names):
+            if name in self._pages:
+                self._pages.move_to_end(name)
 
     def add(self, blocks: Iterable[Block], pages: Sequence[int]) -> None:
         """Know these blocks; what is known already stays."""
