@@ -92,7 +92,7 @@ class FlexPrefill(BlockPrefill):
 
 
 def _last_queries(q: Tensor, kv: LayerKV) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares of blocks for the last 128 rows, the same estimated, shares of distances: `[1, Hkv, NB]` each."""
+    """For the last 128 rows shares of blocks, the same estimated, of distances: `[1, Hkv, NB]` each."""
     rows = min(BLOCK_Q, q.shape[2])
     last = q[:, :, -rows:]
     first = kv.longest - rows

@@ -1,8 +1,8 @@
 """LM-Infinite: a mask in the shape of a Lambda, and no distance above the one of training.
 
 Han et al., "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", arXiv
-2308.16137. The window keeps its true positions; the first tokens are all seen from a distance of exactly the window. The
-paper's optional top-k tokens of the middle are left out.
+2308.16137. The window keeps its true positions; the first tokens are all seen from a distance of exactly the
+window. The paper's optional top-k tokens of the middle are left out.
 """
 
 from __future__ import annotations
