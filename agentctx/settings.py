@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     strategy: str = "auto"
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
+    attention: str = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

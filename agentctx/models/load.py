@@ -14,6 +14,7 @@ from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry
 from agentctx.paths import Paths
+from agentctx.runtime.methods.table import place_of
 from agentctx.workflows.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -44,46 +45,57 @@ def open_model(
     paths: Paths,
     offline: bool = False,
     window: int | None = None,
+    attention: str = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
+    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. ConfigError for an unknown
+    name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
+    place_of(attention)  # a misspelt name is told before anything is fetched
     if name.startswith(ENDPOINT):
+        if attention != "auto":
+            raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
+        return _open_fetched(
+            TABLE[name], paths, offline=offline, window=window, attention=attention, progress=report
+        )
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, paths, window=window)
-    return _open_gguf(place, paths, window=window, progress=report)
+        return _open_folder(place, name, paths, window=window, attention=attention)
+    return _open_gguf(place, paths, window=window, attention=attention, progress=report)
 
 
 def _open_fetched(
-    entry: Entry, paths: Paths, *, offline: bool, window: int | None, progress: Progress
+    entry: Entry, paths: Paths, *, offline: bool, window: int | None, attention: str, progress: Progress
 ) -> Model:
     from agentctx.models.catalog import ensure
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, paths, window=window, entry=entry, manifest=Manifest.read(folder))
+    manifest = Manifest.read(folder)
+    return _open_folder(
+        folder, entry.name, paths, window=window, attention=attention, entry=entry, manifest=manifest
+    )
 
 
-def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
+def _open_gguf(file: Path, paths: Paths, *, window: int | None, attention: str, progress: Progress) -> Model:
     from agentctx.models.catalog import converted
     from agentctx.models.manifest import Manifest
 
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, paths, window=window, manifest=Manifest.read(folder))
+    manifest = Manifest.read(folder)
+    return _open_folder(folder, file.stem, paths, window=window, attention=attention, manifest=manifest)
 
 
 def _open_folder(
@@ -92,13 +104,14 @@ def _open_folder(
     paths: Paths,
     *,
     window: int | None,
+    attention: str,
     entry: Entry | None = None,
     manifest: Manifest | None = None,
 ) -> Model:
     with _collector_resting():
         from agentctx.models.weights import Weights
 
-        weights = Weights.load(folder, name=name, verify=manifest, kv=paths.kv)
+        weights = Weights.load(folder, name=name, verify=manifest, kv=paths.kv, attention=attention)
         context = weights.context if window is None else window
         if context > weights.context:
             raise ConfigError(

@@ -30,16 +30,25 @@ ANCHORS: Mapping[str, str] = MappingProxyType({"random": "random:Random"})  # to
 AUTO = "dense"  # until the grid of qualities says where a sparse method loses nothing
 
 
+def place_of(text: str) -> str:
+    """Where the class of the method is that `text` begins with; imports nothing.
+
+    Raises ConfigError for an unknown name.
+    """
+    name = text.partition(":")[0]
+    place = METHODS.get(AUTO if text == "auto" else name) or ANCHORS.get(name)
+    if place is None:
+        raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(METHODS)}")
+    return place
+
+
 def method(text: str) -> Dense:
     """The method that `NAME` or `NAME:key=value,key=value` describes; "auto" chooses.
 
     Raises ConfigError for an unknown name or parameter, or a value out of range.
     """
-    name, _, options = (AUTO if text == "auto" else text).partition(":")
-    place = METHODS.get(name) or ANCHORS.get(name)
-    if place is None:
-        raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(METHODS)}")
-    module, _, title = place.partition(":")
+    module, _, title = place_of(text).partition(":")
+    name, _, options = text.partition(":")
     kind: type[Dense] = getattr(import_module(f"agentctx.runtime.methods.{module}"), title)
     known: dict[str, Any] = {field.name: field.default for field in fields(kind)}
     values: dict[str, float | str] = {}
