@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +36,16 @@ LOADER = "2"  # part of every fingerprint; raise it when loading or prompting ch
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
 class Weights:
-    """What `LocalChat` and a reader share."""
+    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer."""
 
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    ends: frozenset[int]
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, ends: frozenset[int]
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.name = name
+        self.ends = ends
 
     @property
     def fingerprint(self) -> str:
