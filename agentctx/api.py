@@ -77,7 +77,7 @@ class Context:
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
         `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
-        what is long, such as "quest:budget=2048"; "auto" is dense for now. `ephemeral`: write nothing to disk.
+        long texts, such as "quest:budget=2048"; "auto" is dense for now. `ephemeral`: write nothing to disk.
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model

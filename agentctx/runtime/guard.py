@@ -6,6 +6,12 @@ extremes (Quest), and the mean score is m, that of its mean key. The dropped sum
     sum n e^m  <=  D  <=  sum n e^u          (on the left Jensen's inequality)
 
 and with the sum e^lse of what was read, the dropped share is D / (D + e^lse). Valid up to rounding.
+
+The bounds are far apart with units of 64. On the keys of SmolLM2-135M, 4,096 tokens of prose, quest with a
+budget of 1,024 drops 0.29 of the attention in layers 2 to 9 on average, 0.07 in 10 to 19 and 0.13 in 20 to
+29; the lower bounds are 0.04, 0.02 and 0.02, the upper bound is 1.00 everywhere. So "certified" always
+falls back with such a model: it is right, and no faster than dense. The lower bound shows that a selection
+is bad, never that it is good.
 """
 
 from __future__ import annotations
