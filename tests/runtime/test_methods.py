@@ -6,14 +6,16 @@ depend on the number of their rows in the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.store import BlockStore
@@ -255,6 +257,32 @@ def test_methods_that_write_have_readings_of_their_own(name: str) -> None:
     assert fresh[1] is not None and again[1] is not None
     near(again[1], fresh[1])
     assert again[0].computed < 600
+
+
+class Wide(TorchDispatchMode):
+    """Collects the shapes of results that grow with rows times keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and sum(size >= 1000 for size in tensor.shape) > 1:
+                self.found.append(tuple(tensor.shape))
+        return result
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_has_the_size_of_rows_times_keys(name: str) -> None:
+    some = engine(SMALL[name], chunk=2048)
+    with Wide() as wide:
+        context = some.read(words(1100))
+        context.feed(words(900, 2))
+    assert not wide.found
 
 
 @pytest.mark.parametrize("name", ["streaming", "lambda"])

@@ -63,7 +63,9 @@ def defined_scores(name: str, q: Tensor, k: Tensor, position: int) -> Tensor:
     found = []
     for start in range(0, k.shape[1], 64):
         block = k[:, start : start + 64]
-        if name == "quest":
+        if name == "adamas":
+            found.append(torch.einsum("hgd,hnd->hgn", hadamard(q), coded(block, k)).amax((1, 2)))
+        elif name == "quest":
             high, low = block.amax(1)[:, None], block.amin(1)[:, None]
             found.append(torch.maximum(q * high, q * low).sum(-1).amax(1))
         else:
@@ -71,10 +73,25 @@ def defined_scores(name: str, q: Tensor, k: Tensor, position: int) -> Tensor:
             means = torch.stack([run.mean(1) for run in runs], 1)
             found.append(torch.einsum("hgd,hrd->hgr", q, means).amax(-1))
     scores = torch.stack(found, -1)
-    return scores if name == "quest" else scores.softmax(-1).sum(1)
+    return scores.softmax(-1).sum(1) if name == "mean" else scores
 
 
-@pytest.mark.parametrize("name", ["quest", "mean"])
+def hadamard(x: Tensor) -> Tensor:
+    """x `[..., D]` times the orthonormal matrix of Hadamard and Sylvester."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < x.shape[-1]:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) * 0.5**0.5
+    return x @ matrix
+
+
+def coded(block: Tensor, k: Tensor) -> Tensor:
+    """Rotated keys `[Hkv, n, D]` in two bits, cut by the spread of the first 512 tokens."""
+    spread = hadamard(k[:, :512]).flatten(1).std(1, correction=0)[:, None, None]
+    x = hadamard(block) / spread
+    return torch.where(x.abs() > 0.98, 1.510, 0.4528) * torch.where(x > 0, 1.0, -1.0) * spread
+
+
+@pytest.mark.parametrize("name", ["quest", "mean", "adamas"])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_selection_is_as_defined(name: str, group: int) -> None:
     q, k, v = drawn(group, tokens=1170, rows=3, group=group)
