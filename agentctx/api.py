@@ -65,6 +65,7 @@ class Context:
         model: str | Model = "smollm2",
         base_url: str | None = None,
         window: int | None = None,
+        attention: str = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
         paths: Paths | None = None,
@@ -78,7 +79,8 @@ class Context:
 
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
-        `window`: use at most this many tokens of the model's context. `ephemeral`: write nothing to disk.
+        `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
+        long texts, such as "quest:budget=2048"; "auto" is dense for now. `ephemeral`: write nothing to disk.
         `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
         memory, for the model and what it reads (None: 60 % of what is free).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
@@ -93,6 +95,7 @@ class Context:
                 "name": model,
                 "base_url": base_url,
                 "window": window,
+                "attention": attention,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
             }

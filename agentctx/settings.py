@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
     kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
     memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
+    attention: str = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

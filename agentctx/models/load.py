@@ -14,6 +14,7 @@ from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry
 from agentctx.paths import KV_BYTES, Paths
+from agentctx.runtime.methods.table import place_of
 from agentctx.workflows.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a local model may take: tokens of its window, bytes of disk and of memory."""
+class Loading:
+    """How a local model is opened: tokens of its window, its attention, bytes of disk and of memory."""
 
     window: int | None
+    attention: str
     kv_bytes: int
     memory_bytes: int | None
 
@@ -53,6 +55,7 @@ def open_model(
     paths: Paths,
     offline: bool = False,
     window: int | None = None,
+    attention: str = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -60,49 +63,53 @@ def open_model(
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
-    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an unknown
-    name or a contradiction, ModelError for what cannot be loaded.
+    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `kv_bytes` bounds what is
+    kept on disk of what a local model reads, 0 keeps nothing; `memory_bytes` its weights and KV in memory,
+    None takes 60 % of what is free. ConfigError for an unknown name or a contradiction, ModelError for what
+    cannot be loaded.
     """
     report = progress or announce
-    limits = Limits(window, kv_bytes, memory_bytes)
+    place_of(attention)  # a misspelt name is told before anything is fetched
+    how = Loading(window, attention, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
+        if attention != "auto":
+            raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, limits, offline=offline, progress=report)
+        return _open_fetched(TABLE[name], paths, how, offline=offline, progress=report)
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, paths, limits)
-    return _open_gguf(place, paths, limits, progress=report)
+        return _open_folder(place, name, paths, how)
+    return _open_gguf(place, paths, how, progress=report)
 
 
-def _open_fetched(entry: Entry, paths: Paths, limits: Limits, *, offline: bool, progress: Progress) -> Model:
+def _open_fetched(entry: Entry, paths: Paths, how: Loading, *, offline: bool, progress: Progress) -> Model:
     from agentctx.models.catalog import ensure
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, paths, limits, entry=entry, manifest=Manifest.read(folder))
+    return _open_folder(folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder))
 
 
-def _open_gguf(file: Path, paths: Paths, limits: Limits, *, progress: Progress) -> Model:
+def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:
     from agentctx.models.catalog import converted
     from agentctx.models.manifest import Manifest
 
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, paths, limits, manifest=Manifest.read(folder))
+    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder))
 
 
 def _open_folder(
     folder: Path,
     name: str,
     paths: Paths,
-    limits: Limits,
+    how: Loading,
     *,
     entry: Entry | None = None,
     manifest: Manifest | None = None,
@@ -114,11 +121,12 @@ def _open_folder(
             folder,
             name=name,
             verify=manifest,
-            kv=paths.kv if limits.kv_bytes else None,
-            kv_bytes=limits.kv_bytes,
-            memory_bytes=limits.memory_bytes,
+            attention=how.attention,
+            kv=paths.kv if how.kv_bytes else None,
+            kv_bytes=how.kv_bytes,
+            memory_bytes=how.memory_bytes,
         )
-        context = limits.window or weights.context
+        context = how.window or weights.context
         if context > weights.context:
             raise ConfigError(
                 f"a window of {context} tokens is more than the {weights.context} that {name} takes"

@@ -24,6 +24,7 @@ from agentctx.models.manifest import Manifest
 from agentctx.paths import KV_BYTES
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
+from agentctx.runtime.methods.table import method
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,8 @@ class Weights:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the files, the dtype and the loader."""
-        return self.engine.root
+        """Changes with the files, the dtype, the loader and the attention method."""
+        return self.engine.identity
 
     @property
     def context(self) -> int:
@@ -66,12 +67,14 @@ class Weights:
         kv: Path | None = None,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
+        attention: str = "dense",
     ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
 
         `verify` is the list of files that must hash as written. `kv` is the folder that keeps KV between
         processes, within `kv_bytes`; None keeps it in memory only. `memory_bytes` bounds weights and KV in
-        memory; None takes 60 % of what is free.
+        memory; None takes 60 % of what is free. `attention`: see `runtime.methods.table.method`; ConfigError
+        for what it does not know.
         """
         if verify is None:
             _check_files(folder)
@@ -79,12 +82,13 @@ class Weights:
             identity = beside.submit(_identity, folder, verify)
             go_offline()
             dtype, device = _choose_device()
+            chosen = method(attention)
             content = identity.result()  # before anything of the files is used
             body, tokenizer = _read(folder, dtype, device, name)
         fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
         store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
-        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), store=store)
+        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), method=chosen, store=store)
         return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
 
 

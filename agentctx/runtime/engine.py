@@ -7,6 +7,7 @@ shares the pages, and what it adds is its own.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.state import KVState
 
 CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
+ASKED = 128  # tokens at the end of a prompt that ask about the rest, where that makes a difference
 TOGETHER = 4096  # tokens of several short texts in one pass, padding included; bounds its memory
 
 
@@ -48,27 +50,26 @@ class Context:
         return self.state.tables[0]
 
     def fork(self) -> Context:
-        """The same past, to go on from in another way: no page is copied until one of the two writes to it.
-
-        What is fed to it asks about the text rather than being part of it, which sparse methods distinguish.
+        """The same past, to go on from in another way: no page is copied until one of the two writes to
+        it.
         """
         with self.engine.lock:
             state = self.state.fork()
-        state.reading = False
         return Context(self.engine, state, list(self.ids), reused=len(self.ids))
 
     def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
         """Append tokens; returns the hidden state of the last, `[H]`.
 
-        None if `cancelled` was set before the end; then `ids` says how far it came. Raises ModelError:
-        overflow beyond the model's window, out_of_memory before anything of a piece is computed.
+        They ask about what was read, or answer, rather than being part of it, which sparse methods
+        distinguish. None if `cancelled` was set before the end; then `ids` says how far it came. Raises
+        ModelError: overflow beyond the model's window, out_of_memory before anything of a piece is computed.
         """
         self.engine.fits(len(self.ids) + len(ids))
         hidden = None
-        for start in range(0, len(ids), CHUNK):
+        for start in range(0, len(ids), self.engine.chunk):
             if cancelled is not None and cancelled.is_set():
                 return None
-            piece = list(ids[start : start + CHUNK])
+            piece = list(ids[start : start + self.engine.chunk])
             hidden = self.engine.step([self], torch.tensor([piece]))[0, -1]
             self.ids += piece
             self.computed += len(piece)
@@ -97,18 +98,21 @@ class Engine:
         memory_bytes: int,
         method: Dense | None = None,
         store: BlockStore | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         self.body = body
         self.method = method or Dense()
+        self.chunk = -(-chunk // self.method.grid) * self.method.grid
         self.pool = PagePool(body.shape, budget=memory_bytes)
         self.prefixes = PrefixIndex(self.pool)
         self.store = store
         self.lock = threading.RLock()
-        self.root = fingerprint
+        self.root = _named_after(fingerprint, self.method.writes)
+        self.identity = _named_after(fingerprint, "" if self.method == Dense() else repr(self.method))
 
     def fits(self, tokens: int) -> None:
         """Raise ModelError (overflow) beyond the window."""
-        if tokens > self.body.window:
+        if tokens > self.body.window and not self.method.endless:
             raise ModelError(
                 f"{tokens:,} tokens exceed the model's window of {self.body.window:,}",
                 code="overflow",
@@ -129,7 +133,7 @@ class Engine:
         `progress` is told the tokens held and wanted.
         """
         self.fits(len(ids))
-        context = self._known(ids, list(blocks(ids, self.root)))
+        context = self._known(ids, self._named(ids))
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
         return context
@@ -151,7 +155,7 @@ class Engine:
         with _closed_if_it_fails(found):
             for index, ids in enumerate(texts):
                 self.fits(len(ids))
-                found.append(context := self._known(ids, list(blocks(ids, self.root))))
+                found.append(context := self._known(ids, self._named(ids)))
                 if not context.ids and len(ids) <= CHUNK:
                     fresh.append(index)
                 else:
@@ -171,16 +175,22 @@ class Engine:
         """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
 
         With `keep`, its full blocks go to the disk; the open one at its end is no beginning of other prompts.
+        Under a method that changes what is stored, the end of the prompt asks and the rest is read.
         """
         self.fits(len(ids))
-        named = list(blocks(ids, self.root))
-        if named[-1].end % PAGE_TOKENS:
+        grid = self.method.grid
+        read = max(0, len(ids) - ASKED) // grid * grid if self.method.writes else len(ids)
+        named = self._named(ids[:read])
+        if named and named[-1].end % PAGE_TOKENS:
             named.pop()
         context = self._known(ids[:-1], named)
         with _closed_if_it_fails([context]):
             at = len(context.ids)
-            hidden = context.feed(ids[at:], cancelled=cancelled)
+            hidden = context.feed(ids[at:read], cancelled=cancelled)
             self._remember(context, named, at, keep)
+            context.state.reading = False
+            if read < len(ids):
+                hidden = context.feed(ids[read:], cancelled=cancelled)
         return context, hidden
 
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
@@ -194,7 +204,9 @@ class Engine:
             tables = [context.table for context in contexts]
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
-            hidden = self.body.forward(ids, KVState(self.pool, tables, self.method, shifts))
+            first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
+            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes)
+            hidden = self.body.forward(ids, state)
             for context in contexts:
                 context.state.settle()
             return hidden
@@ -213,13 +225,14 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read on where `context` ends."""
-        named = list(blocks(ids, self.root))
+        named = self._named(ids)
         while (at := len(context.ids)) < len(ids):
-            if context.feed(ids[at : at + CHUNK], cancelled=cancelled) is None:
+            if context.feed(ids[at : at + self.chunk], cancelled=cancelled) is None:
                 return
             self._remember(context, named, at, keep)
             if progress:
                 progress(len(context.ids), len(ids))
+        context.state.reading = False
 
     def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: bool) -> None:
         """One pass over whole texts, padded on the left."""
@@ -229,8 +242,12 @@ class Engine:
         self.step(contexts, padded, pads)
         for context, ids in zip(contexts, texts, strict=True):
             context.ids[:] = ids
+            context.state.reading = False
             context.computed = len(ids)
-            self._remember(context, list(blocks(ids, self.root)), 0, keep)
+            self._remember(context, self._named(ids), 0, keep)
+
+    def _named(self, ids: Sequence[int]) -> list[Block]:
+        return list(blocks(ids, self.root, self.method.grid))
 
     def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
         """What is held of the beginning of `ids`, in memory or on disk."""
@@ -251,8 +268,11 @@ class Engine:
             except BaseException:
                 table.close()
                 raise
+            if held < len(ids) and held % self.method.grid:
+                held -= held % self.method.grid
+                table.crop(held)
             self._used([block.name for block in named if block.end <= held])
-            state = KVState(self.pool, [table], self.method, [held])
+            state = KVState(self.pool, [table], self.method, [held], reading=True)
             return Context(self, state, list(ids[:held]), reused=held, warnings=warnings)
 
     def _load(self, block: Block, warnings: list[str]) -> int | None:
@@ -304,3 +324,8 @@ def _closed_if_it_fails(contexts: list[Context]) -> Iterator[None]:
         for context in contexts:
             context.close()
         raise
+
+
+def _named_after(fingerprint: str, method: str) -> str:
+    """A fingerprint that changes with what a method does; plain without one."""
+    return hashlib.sha256(f"{fingerprint} {method}".encode()).hexdigest() if method else fingerprint

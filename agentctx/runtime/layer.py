@@ -4,8 +4,8 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,24 +13,33 @@ from torch import Tensor
 from agentctx.kernels.decode import dense_decode, sparse_decode
 from agentctx.kernels.prefill import dense_prefill, window_prefill
 from agentctx.kernels.records import Attention, BlockSelection, BlockSummary, KVPages
+from agentctx.runtime.notes import Notes
 
 DECODE_TOKENS = 8  # a step of so many new tokens or fewer is decoding
 DECODE_ROWS = 64  # rows that the decode kernels pack: new tokens times query heads of a KV head
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """How queries and keys were turned to their positions: the arguments of `kernels.rope`."""
+
+    inv_freq: Tensor
+    style: str = "half"
+    rotary_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a layer turns queries and keys into weights; `window` None sees everything, `sinks` is `[Hq]`."""
+    """How a layer turns queries and keys into weights; `window` None sees everything, `sinks` is `[Hq]`.
+
+    `rotation` None: not known, or not a rotation; methods that move positions cannot be used.
+    """
 
     scale: float
     softcap: float = 0.0
     window: int | None = None
     sinks: Tensor | None = None
-
-
-def unsummarised(kind: str) -> BlockSummary:
-    """What a pass without a store has instead of summaries: it never needs them, being dense."""
-    raise LookupError(f"no {kind} summary is kept here")
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +53,27 @@ class LayerKV:
     longest: int  # the largest of `lens`
     scoring: Scoring
     reading: bool = True  # a text is being read, as opposed to asked about
-    summary: Callable[[str], BlockSummary] = unsummarised  # of a kind, current with the stored keys
+    notes: Sequence[Notes] = ()  # of each row
+    layers: int = 1  # of the model
+
+    def summary(self, kind: str) -> BlockSummary:
+        """Of the stored keys and values, for a view of one row."""
+        (notes,) = self.notes
+        return notes.summary(self.index, kind, self.pages, self.table, self.lens, self.longest)
+
+    def row(self, row: int) -> LayerKV:
+        """One row of the batch."""
+        one = slice(row, row + 1)
+        lens = self.lens[one]
+        table, notes = self.table[one], self.notes[one]
+        return replace(self, table=table, lens=lens, longest=int(lens), notes=notes)
+
+    def upto(self, tokens: int) -> LayerKV:
+        """The same without what lies beyond the first `tokens`, for a view of one row that has as many."""
+        return replace(self, lens=torch.full_like(self.lens, tokens), longest=tokens)
 
     def exact(self, q: Tensor) -> Attention:
-        """Dense attention of q `[B, Hq, T, D]`, within the layer's window if it has one; sinks not applied."""
+        """Dense attention of q `[B, Hq, T, D]`, within the layer's window if it has one; without sinks."""
         new, scoring = q.shape[2], self.scoring
         scale, softcap = scoring.scale, scoring.softcap
         few = new * (q.shape[1] // self.pages.n_kv_heads) <= DECODE_ROWS and new <= DECODE_TOKENS

@@ -22,7 +22,7 @@ from torch import Tensor
 from agentctx.kernels.rope import rope
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
-from agentctx.runtime.layer import Scoring, with_sinks
+from agentctx.runtime.layer import Rotation, Scoring, with_sinks
 from agentctx.runtime.linear import Linear
 from agentctx.runtime.state import KVState
 
@@ -98,7 +98,7 @@ class LlamaDecoder:
         theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 10000.0)
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float()
         self.inv_freq = 1.0 / (theta ** (steps / self.head_dim))
-        self.scoring = Scoring(self.head_dim**-0.5)
+        self.scoring = Scoring(self.head_dim**-0.5, rotation=Rotation(self.inv_freq))
         weights = Checkpoint(tensors, dtype, config)
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]

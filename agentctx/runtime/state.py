@@ -8,36 +8,25 @@ says at which position its columns begin. It is negative for padding on the left
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from agentctx.kernels.records import Attention, BlockSummary
+from agentctx.kernels.records import Attention
 from agentctx.kernels.store import write_kv
-from agentctx.kernels.summary import build_summary
-from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
+from agentctx.memory.kv.pool import PagePool
 from agentctx.memory.kv.table import BlockTable, stacked
-from agentctx.runtime.layer import LayerKV, Scoring
+from agentctx.runtime.layer import DECODE_TOKENS, LayerKV, Scoring
 from agentctx.runtime.methods.dense import Dense
-
-
-@dataclass(frozen=True, slots=True)
-class Summarised:
-    """A summary and how many tokens of every row it covers."""
-
-    summary: BlockSummary
-    tokens: int
-
-    def copy(self) -> Summarised:
-        return Summarised(replace(self.summary, data=self.summary.data.clone()), self.tokens)
+from agentctx.runtime.notes import Notes
 
 
 @dataclass
 class KVState:
     """`tables`, one for each row; `length`, the columns fed so far; column c of row b is at `c +
-    shifts[b]`.
+    shifts[b]`. `reading`: the tokens to come are a text to be read (else they ask or answer); None judges by
+    their number, for callers that do not say.
     """
 
     pool: PagePool
@@ -45,12 +34,13 @@ class KVState:
     method: Dense
     shifts: list[int]
     length: int = 0
-    reading: bool = True  # the tokens to come are a text to be read
-    summaries: dict[tuple[int, str], Summarised] = field(default_factory=dict)
+    reading: bool | None = None
+    notes: list[Notes] = field(default_factory=list)  # of each row
     layer_lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.layer_lengths = [self.length] * self.pool.shape.layers
+        self.notes = self.notes or [Notes() for _ in self.tables]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Attention:
         """Store k and v `[B, Hkv, T, D]` of a layer, and answer q `[B, Hq, T, D]` from all that is stored."""
@@ -66,8 +56,9 @@ class KVState:
             self._lens,
             self._longest,
             scoring,
-            self.reading,
-            partial(self._summary, layer),
+            new > DECODE_TOKENS if self.reading is None else self.reading,
+            self.notes,
+            self.pool.shape.layers,
         )
         return self.method.attend(q, view) if scoring.window is None else view.exact(q)
 
@@ -84,27 +75,21 @@ class KVState:
         """Forget the last `remove` columns of every row."""
         self.length -= remove
         self.layer_lengths = [self.length] * len(self.layer_lengths)
-        for table, shift in zip(self.tables, self.shifts, strict=True):
+        for table, shift, notes in zip(self.tables, self.shifts, self.notes, strict=True):
             table.crop(max(0, self.length + shift))
-        least = min(table.tokens for table in self.tables)
-        self.summaries = {
-            key: Summarised(held.summary, min(held.tokens, least)) for key, held in self.summaries.items()
-        }
+            notes.crop(table.tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """Replace the batch by these of its rows, some perhaps more than once; nothing is copied."""
         before = self.tables
         self.tables = [before[row].fork() for row in rows]
         self.shifts = [self.shifts[row] for row in rows]
-        self.summaries = {}  # they are in the order of the rows
+        self.notes = [self.notes[row].copy() for row in rows]
         for table in before:
             table.close()
 
     def fork(self) -> KVState:
-        """A second batch with the same past. Pages are shared; summaries, a few per cent of them, are
-        copied.
-        """
-        summaries = {key: held.copy() for key, held in self.summaries.items()}
+        """A second batch with the same past, whose pages it shares."""
         return KVState(
             self.pool,
             [table.fork() for table in self.tables],
@@ -112,7 +97,7 @@ class KVState:
             list(self.shifts),
             self.length,
             self.reading,
-            summaries,
+            [notes.copy() for notes in self.notes],
         )
 
     def close(self) -> None:
@@ -133,22 +118,6 @@ class KVState:
         self._longest = max(after)
         self._table = stacked(self.tables).to(device)
         self.length += new
-
-    def _summary(self, layer: int, kind: str) -> BlockSummary:
-        """A summary of what a layer holds, brought up to date from the last block that it covers."""
-        held = self.summaries.get((layer, kind))
-        least = min(table.tokens for table in self.tables)
-        covered, before = (0, None) if held is None else (min(held.tokens, least), held.summary)
-        found = build_summary(
-            self.pool.layers[layer],
-            self._table,
-            self._lens,
-            kind,
-            first_block=covered // PAGE_TOKENS,
-            out=before,
-        )
-        self.summaries[layer, kind] = Summarised(found, least)
-        return found
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         pages = self.pool.layers[layer]

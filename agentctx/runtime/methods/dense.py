@@ -8,34 +8,30 @@ from typing import ClassVar
 from torch import Tensor
 
 from agentctx.kernels.records import Attention
-from agentctx.runtime.layer import DECODE_TOKENS, LayerKV
+from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.runtime.layer import LayerKV
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The base of every method: it overrides what it does differently.
-
-    `writes` names what changes the stored keys and values; readings made under different values are never
-    mixed. Methods that only read differently leave it empty, and one reading serves them all.
-    """
+    """The base of every method."""
 
     name: ClassVar[str] = "dense"
-    writes: ClassVar[str] = ""
+    endless: ClassVar[bool] = False  # no distance ever exceeds what the method names: texts may be longer
+
+    @property
+    def writes(self) -> str:
+        """What changes the stored keys and values; readings made under different values are never mixed.
+
+        Empty for methods that only ask differently: one reading serves them all.
+        """
+        return ""
+
+    @property
+    def grid(self) -> int:
+        """A text is read in pieces that end at multiples of so many tokens, or where it ends."""
+        return PAGE_TOKENS
 
     def attend(self, q: Tensor, kv: LayerKV) -> Attention:
         """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""
-        if q.shape[2] <= DECODE_TOKENS:
-            return self.decode(q, kv)
-        return self.prefill(q, kv) if kv.reading else self.question(q, kv)
-
-    def prefill(self, q: Tensor, kv: LayerKV) -> Attention:
-        """Reading a text."""
-        return kv.exact(q)
-
-    def question(self, q: Tensor, kv: LayerKV) -> Attention:
-        """Many tokens over a text that was read before."""
-        return kv.exact(q)
-
-    def decode(self, q: Tensor, kv: LayerKV) -> Attention:
-        """A few tokens, while generating."""
         return kv.exact(q)

@@ -2,8 +2,8 @@
 
 OpenBMB, "InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation", arXiv
 2509.24663. Means are over 32 keys every 16, because the mean of longer runs of rotated keys cancels the
-fast channels. Here a block's score is its best run's, the maximum over the query heads of a group (the
-paper sums softmaxed scores).
+fast channels. A block's score is its best run's. Each query head turns scores into shares before those of a
+group are added, so that no head drowns the others; here the shares are over blocks (in the paper over runs).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from agentctx.kernels.records import Attention
+from agentctx.kernels.scores import block_scores
 from agentctx.runtime.layer import LayerKV
-from agentctx.runtime.methods.sparse import BlockSparse
+from agentctx.runtime.methods.blocks import BestBlocks
+from agentctx.runtime.methods.sparse import positions
 
 
 @dataclass(frozen=True)
-class Mean(BlockSparse):
-    """Sub-block means choose what questions and generated tokens read."""
+class Mean(BestBlocks):
+    """Means of runs inside each block choose what questions and answers read."""
 
     name: ClassVar[str] = "mean"
 
-    def question(self, q: Tensor, kv: LayerKV) -> Attention:
-        return self.select_prefill(q, kv, "submeans") if self.worth(kv) else kv.exact(q)
-
-    def decode(self, q: Tensor, kv: LayerKV) -> Attention:
-        return self.select_decode(q, kv, "submeans") if self.worth(kv) else kv.exact(q)
+    def scores(self, q: Tensor, kv: LayerKV) -> Tensor:
+        at, scale = positions(q, kv), kv.scoring.scale
+        each = block_scores(q, kv.summary("submeans"), kv.lens, per_head=True, q_pos=at, scale=scale)
+        return each.softmax(-1).view(1, kv.pages.n_kv_heads, -1, *each.shape[2:]).sum(2)

@@ -12,19 +12,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from agentctx.kernels.records import Attention
+from agentctx.kernels.scores import block_scores
 from agentctx.runtime.layer import LayerKV
-from agentctx.runtime.methods.sparse import BlockSparse
+from agentctx.runtime.methods.blocks import BestBlocks
+from agentctx.runtime.methods.sparse import positions
 
 
 @dataclass(frozen=True)
-class Quest(BlockSparse):
-    """Min/max bounds of each block choose what questions and generated tokens read."""
+class Quest(BestBlocks):
+    """Min/max bounds of each block choose what questions and answers read; the highest of a group counts."""
 
     name: ClassVar[str] = "quest"
 
-    def question(self, q: Tensor, kv: LayerKV) -> Attention:
-        return self.select_prefill(q, kv, "minmax") if self.worth(kv) else kv.exact(q)
-
-    def decode(self, q: Tensor, kv: LayerKV) -> Attention:
-        return self.select_decode(q, kv, "minmax") if self.worth(kv) else kv.exact(q)
+    def scores(self, q: Tensor, kv: LayerKV) -> Tensor:
+        return block_scores(q, kv.summary("minmax"), kv.lens, q_pos=positions(q, kv), scale=kv.scoring.scale)

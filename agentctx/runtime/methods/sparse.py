@@ -1,104 +1,80 @@
-"""What every method that reads a part of the blocks has in common: when it is not worth it, and how a list of
-blocks becomes attention.
+"""What every method that reads a part of what is stored has in common: when it does, and for which rows.
+
+A row is one new token. Whatever a row reads depends on its position and on what was stored before it, never
+on the rows it is computed with: so any cut of a text into pieces, a batch, a fork and a second try give the
+same. Methods that let rows share a choice while reading tie it to an absolute grid (`Dense.grid`).
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from agentctx.kernels.decode import sparse_decode
-from agentctx.kernels.prefill import block_sparse_prefill
 from agentctx.kernels.records import Attention
-from agentctx.kernels.scores import block_scores, pool_queries
-from agentctx.kernels.selection import resolve_pages, select_blocks, topk_blocks
-from agentctx.memory.errors import ConfigError
-from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.dense import Dense
 
-BLOCK_Q = 128  # query rows that share a list in prefill
-
 
 @dataclass(frozen=True)
-class BlockSparse(Dense):
-    """Reads `budget` tokens of those that are stored, in whole blocks: the first, the last, and the best.
+class Sparse(Dense):
+    """Rows at positions from `limit` on are read in part, those before see everything, as in `Dense`."""
 
-    Dense in the first `dense_layers` layers, below `dense_below` tokens, and wherever the budget holds
-    everything, with the same numbers as `Dense`.
-    """
+    while_reading: ClassVar[bool] = False
+    while_asking: ClassVar[bool] = False
 
-    budget: int = 1024
-    dense_layers: int = 2
-    dense_below: int = 2048
-    sink_blocks: int = 1
-    local_blocks: int = 4
+    @property
+    def writes(self) -> str:
+        return f"{self!r} grid={self.grid}" if self.while_reading else ""
 
-    def __post_init__(self) -> None:
-        least = (self.sink_blocks + self.local_blocks + 1) * PAGE_TOKENS
-        if self.budget < least:
-            raise ConfigError(
-                f"a budget of {self.budget} tokens is too small for {self.name}", hint=f"at least {least}"
-            )
+    @property
+    @abstractmethod
+    def limit(self) -> int:
+        """Tokens that are always read densely."""
 
-    def worth(self, kv: LayerKV) -> bool:
-        """Whether this layer is to be read in part."""
-        return (
-            kv.scoring.window is None
-            and kv.index >= self.dense_layers
-            and kv.longest > max(self.dense_below, self.budget)
-        )
+    @abstractmethod
+    def part(self, q: Tensor, kv: LayerKV) -> Attention:
+        """Attention of rows q `[1, Hq, T, D]`, the last of a sequence, all at or past the limit."""
 
-    def select_decode(self, q: Tensor, kv: LayerKV, kind: str) -> Attention:
-        """Decode over the blocks that score best by a summary."""
-        chosen = select_blocks(
-            q,
-            kv.summary(kind),
-            kv.table,
-            kv.lens,
-            self.budget // PAGE_TOKENS,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            scale=kv.scoring.scale,
-        )
-        return sparse_decode(q, kv.pages, chosen, kv.lens, scale=kv.scoring.scale, softcap=kv.scoring.softcap)
+    def serves(self, kv: LayerKV) -> bool:
+        """Whether the layer may be read in part."""
+        return kv.scoring.window is None
 
-    def select_prefill(self, q: Tensor, kv: LayerKV, kind: str) -> Attention:
-        """Many rows: those of a query block share the blocks that score best for their mean query."""
-        rows = q.shape[2]
-        offset = kv.lens - rows
-        before = _diagonal(offset, rows, PAGE_TOKENS)
-        scores = block_scores(
-            pool_queries(q, BLOCK_Q).to(q.dtype), kv.summary(kind), kv.lens, scale=kv.scoring.scale
-        )
-        blocks, counts = topk_blocks(
-            scores,
-            before,
-            self.budget // PAGE_TOKENS,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-        )
-        return self.attend_lists(q, kv, blocks, counts)
+    def attend(self, q: Tensor, kv: LayerKV) -> Attention:
+        active = self.while_reading if kv.reading else self.while_asking
+        if not active or kv.longest <= self.limit or not self.serves(kv):
+            return kv.exact(q)
+        if q.shape[0] == 1:
+            return self._row(q, kv)
+        rows = [self._row(q[row : row + 1], kv.row(row)) for row in range(q.shape[0])]
+        return joined(rows, 0)
 
-    def attend_lists(self, q: Tensor, kv: LayerKV, blocks: Tensor, counts: Tensor) -> Attention:
-        """Prefill over listed blocks below the diagonal, which is always seen whole."""
-        return block_sparse_prefill(
-            q,
-            kv.pages,
-            resolve_pages(blocks, counts, kv.table),
-            kv.table,
-            kv.lens,
-            block_q=BLOCK_Q,
-            scale=kv.scoring.scale,
-            softcap=kv.scoring.softcap,
-        )
+    def _row(self, q: Tensor, kv: LayerKV) -> Attention:
+        """One sequence; columns before its first token are padding."""
+        pad = max(0, q.shape[2] - kv.longest)
+        if pad:
+            found = self._row(q[:, :, pad:], kv)
+            return Attention(F.pad(found.out, (0, 0, pad, 0)), F.pad(found.lse, (pad, 0), value=-torch.inf))
+        dense = self.limit - (kv.longest - q.shape[2])
+        if dense <= 0:
+            return self.part(q, kv)
+        if dense >= q.shape[2]:
+            return kv.exact(q)
+        before = kv.upto(self.limit).exact(q[:, :, :dense])
+        return joined([before, self.part(q[:, :, dense:], kv)], 2)
 
 
-def _diagonal(offset: Tensor, rows: int, page_tokens: int) -> Tensor:
-    """Blocks before the diagonal of each query block, int32 `[B, M]`."""
-    starts = torch.arange(0, rows, BLOCK_Q, dtype=torch.int32, device=offset.device)
-    return (
-        torch.div(offset[:, None] + starts, page_tokens, rounding_mode="floor").clamp_min(0).to(torch.int32)
+def joined(parts: list[Attention], axis: int) -> Attention:
+    """Attentions of different rows (axis 2) or sequences (axis 0) as one."""
+    return Attention(
+        torch.cat([part.out for part in parts], axis), torch.cat([part.lse for part in parts], axis)
     )
+
+
+def positions(q: Tensor, kv: LayerKV) -> Tensor:
+    """Where the rows of a sequence stand, int32 `[1, T]`."""
+    return torch.arange(kv.longest - q.shape[2], kv.longest, dtype=torch.int32, device=q.device)[None]
