@@ -38,6 +38,7 @@ from agentctx.workflows.trace import Event, Trace, read_trace
 
 if TYPE_CHECKING:
     from agentctx.models.load import Model
+    from agentctx.models.table import Linears
 
 __all__ = ["Context", "Stop"]
 Progress = Callable[[str, int, int | None], None]
@@ -64,6 +65,7 @@ class Context:
         model: str | Model = "smollm2",
         base_url: str | None = None,
         window: int | None = None,
+        linears: Linears = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
         paths: Paths | None = None,
@@ -75,7 +77,9 @@ class Context:
 
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
-        `window`: use at most this many tokens of the model's context. `ephemeral`: write nothing to disk.
+        `window`: use at most this many tokens of the model's context. `linears`: the weights that a local
+        model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
+        `ephemeral`: write nothing to disk.
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model
@@ -84,11 +88,8 @@ class Context:
         paths = paths or Paths.default()
         options: dict[str, Any] = {}
         if isinstance(model, str):
-            options = {"name": model, "base_url": base_url, "window": window}
-            name = options["name"]
-            model = open_model(
-                name, base_url=base_url, window=window, paths=paths, offline=offline, progress=progress
-            )
+            options = {"name": model, "base_url": base_url, "window": window, "linears": linears}
+            model = open_model(**options, paths=paths, offline=offline, progress=progress)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
         return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral)
 

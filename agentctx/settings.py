@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Budget
-from agentctx.models.table import TABLE
+from agentctx.models.table import TABLE, Linears
 from agentctx.paths import Paths
 
 PREFIX = "AGENTCTX_"
@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     strategy: str = "auto"
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
+    linears: Linears = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

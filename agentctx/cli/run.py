@@ -145,6 +145,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         model=settings.model,
         base_url=settings.base_url,
         window=settings.window,
+        linears=settings.linears,
         selection=selection,
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,
         offline=settings.offline,

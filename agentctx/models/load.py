@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
-from agentctx.models.table import TABLE, Entry
+from agentctx.models.table import TABLE, Entry, Linears
 from agentctx.paths import Paths
 from agentctx.workflows.profile import ModelProfile
 
@@ -44,12 +44,14 @@ def open_model(
     paths: Paths,
     offline: bool = False,
     window: int | None = None,
+    linears: Linears = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
-    `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
+    `window` lowers a local model's window, or states an endpoint's, in tokens. `linears` chooses
+    the weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
+    it is known to cost little. `offline` forbids every download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     if name.startswith(ENDPOINT):
@@ -59,31 +61,46 @@ def open_model(
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
+        return _open_fetched(
+            TABLE[name], paths, offline=offline, window=window, linears=linears, progress=report
+        )
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, paths, window=window)
-    return _open_gguf(place, paths, window=window, progress=report)
+        return _open_folder(place, name, paths, window=window, linears=linears)
+    return _open_gguf(place, paths, window=window, linears=linears, progress=report)
 
 
 def _open_fetched(
-    entry: Entry, paths: Paths, *, offline: bool, window: int | None, progress: Progress
+    entry: Entry, paths: Paths, *, offline: bool, window: int | None, linears: Linears, progress: Progress
 ) -> Model:
     from agentctx.models.catalog import ensure
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, paths, window=window, entry=entry, manifest=Manifest.read(folder))
+    return _open_folder(
+        folder,
+        entry.name,
+        paths,
+        window=window,
+        linears=linears,
+        entry=entry,
+        manifest=Manifest.read(folder),
+        gguf=folder.parent / entry.gguf.basename,
+    )
 
 
-def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
+def _open_gguf(
+    file: Path, paths: Paths, *, window: int | None, linears: Linears, progress: Progress
+) -> Model:
     from agentctx.models.catalog import converted
     from agentctx.models.manifest import Manifest
 
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, paths, window=window, manifest=Manifest.read(folder))
+    return _open_folder(
+        folder, file.stem, paths, window=window, linears=linears, manifest=Manifest.read(folder), gguf=file
+    )
 
 
 def _open_folder(
@@ -92,13 +109,23 @@ def _open_folder(
     paths: Paths,
     *,
     window: int | None,
+    linears: Linears,
     entry: Entry | None = None,
     manifest: Manifest | None = None,
+    gguf: Path | None = None,
 ) -> Model:
     with _collector_resting():
         from agentctx.models.weights import Weights
 
-        weights = Weights.load(folder, name=name, verify=manifest, kv=paths.kv)
+        weights = Weights.load(
+            folder,
+            name=name,
+            verify=manifest,
+            kv=paths.kv,
+            linears=linears,
+            measured=entry.linears if entry else "bf16",
+            gguf=gguf,
+        )
         context = weights.context if window is None else window
         if context > weights.context:
             raise ConfigError(

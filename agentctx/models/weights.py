@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
+from agentctx.models.table import Linears
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from agentctx.runtime.body import Body
+    from agentctx.runtime.llama import LlamaDecoder
 
 KV_BYTES = 4 << 30  # of disk, for the KV of what was read
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
@@ -65,6 +67,9 @@ class Weights:
         kv: Path | None = None,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
+        linears: Linears = "auto",
+        measured: Linears = "bf16",
+        gguf: Path | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
@@ -72,6 +77,10 @@ class Weights:
         `verify` is the list of files that must hash as written. `kv` is the folder that keeps KV between
         processes, within `kv_bytes`; None keeps it in memory only. `memory_bytes` bounds weights and KV in
         memory; None takes 60 % of what is free.
+
+        `linears`: with "int4" a few rows at a time go through 4-bit copies of the linear layers, made of the
+        codes in `gguf` if the folder came from there; "auto" is `measured`, what is known to cost this model
+        little, on a processor that multiplies bfloat16. ConfigError for a model that cannot have them.
         """
         if verify is None:
             _check_files(folder)
@@ -81,7 +90,13 @@ class Weights:
             dtype, device = _choose_device()
             content = identity.result()  # before anything of the files is used
             body, tokenizer = _read(folder, dtype, device, name)
-        fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
+        identified_by = f"{LOADER} {content} {dtype}"
+        if _can_quantise(body, linears, measured, name):
+            from agentctx.models.int4 import quantise
+
+            quantise(body, folder, source=content, manifest=verify, gguf=gguf, warn=warn)
+            identified_by += " int4"
+        fingerprint = hashlib.sha256(identified_by.encode()).hexdigest()
         store = BlockStore(kv, fingerprint[:16], budget=kv_bytes) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
         engine = Engine(body, fingerprint=fingerprint, memory_bytes=room, store=store, warn=warn)
@@ -130,6 +145,22 @@ def _read_body(folder: Path, dtype: torch.dtype, device: str) -> Body:
         if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
             raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
         return HFBody(model.requires_grad_(False).to(device))
+
+
+def _can_quantise(body: Body, linears: Linears, measured: Linears, name: str) -> TypeGuard[LlamaDecoder]:
+    """Whether int4 is wanted; ConfigError if it was asked for and cannot be had."""
+    import torch
+
+    from agentctx.runtime.llama import LlamaDecoder
+
+    able = isinstance(body, LlamaDecoder)
+    if linears == "int4" and not able:
+        raise ConfigError(
+            f"{name} cannot have linear layers of 4 bits here: they are for Llama and Qwen on a CPU",
+            hint="set linears to auto or bf16",
+        )
+    fast = body.shape.dtype == torch.bfloat16
+    return able and (linears == "int4" or (linears == "auto" and measured == "int4" and fast))
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

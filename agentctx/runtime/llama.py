@@ -9,9 +9,10 @@ operators a layer. What is not exactly this architecture goes through `runtime/h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +24,18 @@ from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.layer import Scoring, with_sinks
 from agentctx.runtime.linear import Linear
+from agentctx.runtime.twins import FILE as TWINS
 from agentctx.runtime.state import KVState
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(  # products over one input, made as one
+    {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "out": ("self_attn.o_proj",),
+        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    }
+)
 
 
 def supports(config: Mapping[str, Any]) -> bool:
@@ -45,11 +55,11 @@ def supports(config: Mapping[str, Any]) -> bool:
 @dataclass(slots=True)
 class _Layer:
     before: Tensor  # weight of the norm before attention
-    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    after: Tensor  # and of the one before the rest
+    qkv: Linear
     out: Linear
-    after: Tensor
     gate_up: Linear
     down: Linear
 
@@ -89,7 +99,8 @@ class LlamaDecoder:
         tensors: dict[str, Tensor] = {}
         try:
             for shard in sorted(folder.glob("*.safetensors")):
-                tensors |= load_file(shard)
+                if shard.name != TWINS:
+                    tensors |= load_file(shard)
             return cls(config, tensors, dtype)
         except (SafetensorError, OSError, KeyError) as error:
             raise ModelError(
@@ -100,15 +111,24 @@ class LlamaDecoder:
         """See `Body`."""
         x = F.embedding(ids, self.embedding)
         at = state.positions(ids.shape[1]).to(torch.int32)
+        size = x.shape[-1:]
         for index, layer in enumerate(self.layers):
-            x = x + self._attend(index, layer, F.rms_norm(x, x.shape[-1:], layer.before, self.eps), at, state)
-            gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.after, self.eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+            x += self._attend(index, layer, torch.rms_norm(x, size, layer.before, self.eps), at, state)
+            gate, up = layer.gate_up(torch.rms_norm(x, size, layer.after, self.eps)).chunk(2, -1)
+            x += layer.down(F.silu(gate).mul_(up))
+        return torch.rms_norm(x, size, self.norm, self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""
         return self.head(hidden)
+
+    def linears(self) -> Iterator[tuple[str, tuple[str, ...], Linear]]:
+        """Every linear layer by a name of its own, with the names of the tensors whose rows it joins."""
+        for index, layer in enumerate(self.layers):
+            for part, names in JOINED.items():
+                joined = tuple(f"model.layers.{index}.{name}" for name in names)
+                yield f"{index}.{part}", joined, getattr(layer, part)
+        yield "head", ("lm_head",), self.head
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, at: Tensor, state: KVState) -> Tensor:
         batch, new, _ = x.shape
@@ -126,16 +146,12 @@ class LlamaDecoder:
 
     def _layer(self, weights: _Weights, index: int) -> _Layer:
         name = f"model.layers.{index}."
-        attention, mlp = name + "self_attn.", name + "mlp."
         return _Layer(
             weights[name + "input_layernorm.weight"],
-            weights.joined([attention + part for part in ("q_proj", "k_proj", "v_proj")]),
-            weights.get(attention + "q_norm.weight"),
-            weights.get(attention + "k_norm.weight"),
-            weights.joined([attention + "o_proj"]),
+            weights.get(name + "self_attn.q_norm.weight"),
+            weights.get(name + "self_attn.k_norm.weight"),
             weights[name + "post_attention_layernorm.weight"],
-            weights.joined([mlp + "gate_proj", mlp + "up_proj"]),
-            weights.joined([mlp + "down_proj"]),
+            **{part: weights.joined([name + one for one in names]) for part, names in JOINED.items()},
         )
 
 
