@@ -76,9 +76,10 @@ class BlockTable:
         self.crop(0)
 
     def _publish(self) -> None:
-        if len(self.pages) > len(self._ids):
-            self._ids = torch.zeros(2 * len(self.pages), dtype=torch.int32)
-        self._ids[: len(self.pages)] = torch.tensor(self.pages, dtype=torch.int32)
+        with torch.inference_mode():  # or what was made in a forward pass could not be changed outside of one
+            if len(self.pages) > len(self._ids):
+                self._ids = torch.zeros(2 * len(self.pages), dtype=torch.int32)
+            self._ids[: len(self.pages)] = torch.tensor(self.pages, dtype=torch.int32)
 
 
 def stacked(tables: Sequence[BlockTable]) -> Tensor:
