@@ -1,7 +1,8 @@
-"""Linear layers of 4 bits for a local model: where their codes come from, and where they are kept.
+"""Linear layers of few bits for a local model: where their codes come from, and where they are kept.
 
-A GGUF file in Q4_0 or Q4_1 has codes already. Q4_1 holds groups of 32 weights as a scale, a minimum and 32 codes, Q4_0 without the minimum, which is -8
-scales. They are what the int4 product takes, so that nothing has to be quantised a second time.
+A GGUF file in Q4_0 or Q4_1 has codes already. Q4_1 holds groups of 32 weights as a scale, a minimum and 32
+codes, Q4_0 without the minimum, which is -8 scales. They are what the int4 product takes, so that nothing has
+to be quantised a second time.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ def quantise(
         with suppress(OSError):  # without the file, the next process makes them again
             twins.keep(place, body.linears(), source=source)
     body.weight_bytes += sum(
-        linear.twin.packed.nbytes + linear.twin.scales.nbytes
-        for _, _, linear in body.linears()
-        if linear.twin
+        linear.twin[0].nbytes + linear.twin[1].nbytes for _, _, linear in body.linears() if linear.twin
     )
 
 

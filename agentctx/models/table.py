@@ -43,7 +43,9 @@ class Entry:
     context: int  # tokens, prompt and output together
     reliable: int | None  # tokens it still reads well
     tiers: frozenset[Tier]
-    linears: Linears = "bf16"  # what "auto" is: int4 where that raises the negative log-likelihood by less than 2 %
+    linears: Linears = (
+        "bf16"  # what "auto" is: int4 where that raises the negative log-likelihood by less than 2 %
+    )
 
     @property
     def room(self) -> int:

@@ -24,8 +24,8 @@ from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.layer import Scoring, with_sinks
 from agentctx.runtime.linear import Linear
-from agentctx.runtime.twins import FILE as TWINS
 from agentctx.runtime.state import KVState
+from agentctx.runtime.twins import FILE as TWINS
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(  # products over one input, made as one

@@ -112,7 +112,9 @@ class Speculation:
             began = time.perf_counter()
             draft = self._draft(context, token, length)
             drafted = time.perf_counter()
-            exact = engine.logits(engine.step([context], torch.tensor([[token, *draft]]))[0]).argmax(-1).tolist()
+            exact = (
+                engine.logits(engine.step([context], torch.tensor([[token, *draft]]))[0]).argmax(-1).tolist()
+            )
             checked = time.perf_counter() - drafted
         context.ids += [token, *draft]
         context.computed += 1 + length

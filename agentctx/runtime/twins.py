@@ -1,4 +1,4 @@
-"""The 4-bit twins of a model's linear layers, and the file that keeps them between processes.
+"""The twins of a model's linear layers, and the file that keeps them between processes.
 
 To quantise and pack takes some 30 ns a weight, every time; a file takes what reading it takes. What it holds
 is in the layout that torch's product wants on this processor, so it is a cache and nothing else: one that
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from agentctx.kernels.linear import Int4Weight, pack_int4, pack_int4_groups
 from agentctx.memory.atomic import write_bytes
-from agentctx.runtime.linear import GROUP, Linear
+from agentctx.runtime.linear import GROUP, Int8Weight, Linear, pack_int8
 
 FILE = "int4.safetensors"
 VERSION = "1"
+HEAD = "head"  # the layer that gets 8 bits
 Named = Iterable[tuple[str, tuple[str, ...], Linear]]  # name, the tensors it joins, the layer
 
 
@@ -36,16 +37,20 @@ class Codes(NamedTuple):
 
 
 def make(linears: Named, known: Mapping[str, Codes]) -> int:
-    """Give every layer that can have one a twin; returns how many weights had to be quantised for it.
+    """Give every layer that can have one a twin; returns how many weights were quantised to 4 bits for it.
 
     `known` holds codes of tensors by name, and is used where it agrees with the weights.
     """
     quantised = 0
-    for _, names, linear in linears:
-        if not linear.can_twin:
+    for name, names, linear in linears:
+        if name == HEAD:
+            linear.twin = pack_int8(linear.weight)
+        if name == HEAD or not linear.fits_int4:
             continue
         parts = [known[name] for name in names if name in known]
-        if len(parts) == len(names) and _same(joined := Codes(*map(torch.cat, zip(*parts, strict=True))), linear):
+        if len(parts) == len(names) and _same(
+            joined := Codes(*map(torch.cat, zip(*parts, strict=True))), linear
+        ):
             linear.twin = pack_int4_groups(*joined)
         else:
             linear.twin = pack_int4(linear.weight, group=GROUP)
@@ -58,7 +63,7 @@ def keep(path: Path, linears: Named, *, source: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, _, linear in linears:
         if linear.twin is not None:
-            tensors |= {f"{name}.packed": linear.twin.packed, f"{name}.scales": linear.twin.scales}
+            tensors |= {f"{name}.codes": linear.twin[0], f"{name}.scales": linear.twin[1]}
     write_bytes(path, save(tensors, _about(source) | {"checksum": _checksum(tensors)}))
 
 
@@ -75,10 +80,14 @@ def take(path: Path, linears: Named, *, source: str) -> bool:
     if about.get("checksum") != _checksum(tensors):
         return False
     for name, _, linear in linears:
-        if f"{name}.packed" in tensors:
+        if f"{name}.codes" in tensors:
+            codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
             rows, columns = linear.weight.shape
-            packed, scales = tensors[f"{name}.packed"], tensors[f"{name}.scales"]
-            linear.twin = Int4Weight(packed, scales, (rows, columns), columns // scales.shape[0])
+            group = columns // scales.shape[0]
+            eight = codes.dtype == torch.int8
+            linear.twin = (
+                Int8Weight(codes, scales) if eight else Int4Weight(codes, scales, (rows, columns), group)
+            )
     return True
 
 

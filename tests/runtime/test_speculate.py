@@ -47,9 +47,7 @@ def engine_of(body: LlamaDecoder) -> Engine:
 
 def plainly(engine: Engine, ids: list[int], most: int, ends: frozenset[int] = NEVER) -> list[int]:
     context, hidden = engine.begin(ids)
-    found = generate(
-        context, hidden, most=most, ends=ends, sampling=Sampling(), cancelled=threading.Event()
-    )
+    found = generate(context, hidden, most=most, ends=ends, sampling=Sampling(), cancelled=threading.Event())
     try:
         return list(found)
     finally:
