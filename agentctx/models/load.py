@@ -50,9 +50,9 @@ def open_model(
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `linears` chooses the weights
-    that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where it is known
-    to cost little. `offline` forbids every download. ConfigError for an unknown name or a contradiction,
-    ModelError for what cannot be loaded.
+    that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where that is
+    known to cost little. `offline` forbids every download. ConfigError for an unknown name or a
+    contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     if name.startswith(ENDPOINT):

@@ -42,10 +42,9 @@ def make(linears: Named, known: Mapping[str, Codes]) -> int:
     `known` holds codes of tensors by name, and is used where it agrees with the weights.
     """
     quantised = 0
-    for name, names, linear in linears:
+    for name, names, linear in _able(linears):
         if name == HEAD:
             linear.twin = pack_int8(linear.weight)
-        if name == HEAD or not linear.fits_int4:
             continue
         parts = [known[name] for name in names if name in known]
         if len(parts) == len(names) and _same(
@@ -79,16 +78,22 @@ def take(path: Path, linears: Named, *, source: str) -> bool:
         return False
     if about.get("checksum") != _checksum(tensors):
         return False
-    for name, _, linear in linears:
-        if f"{name}.codes" in tensors:
-            codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
-            rows, columns = linear.weight.shape
-            group = columns // scales.shape[0]
-            eight = codes.dtype == torch.int8
-            linear.twin = (
-                Int8Weight(codes, scales) if eight else Int4Weight(codes, scales, (rows, columns), group)
-            )
+    able = _able(linears)
+    if tensors.keys() != {f"{name}.{part}" for name, _, _ in able for part in ("codes", "scales")}:
+        return False
+    for name, _, linear in able:
+        codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+        rows, columns = linear.weight.shape
+        if name == HEAD:
+            linear.twin = Int8Weight(codes, scales)
+        else:
+            linear.twin = Int4Weight(codes, scales, (rows, columns), columns // scales.shape[0])
     return True
+
+
+def _able(linears: Named) -> list[tuple[str, tuple[str, ...], Linear]]:
+    """Those that can have a twin."""
+    return [found for found in linears if found[0] == HEAD or found[2].fits_int4]
 
 
 def _same(found: Codes, linear: Linear) -> bool:
