@@ -1,6 +1,6 @@
 """How fast is the whole model? Prefill and decode, against its peers; a reading reopened against computed.
 
-    python benchmarks/speed.py [--quick | --long] [--threads 2] [--dtype bfloat16]
+    python benchmarks/speed.py [--quick | --long | --lengths 2048 …] [--threads 2] [--dtype float32]
 
 Ours (dense, and quest with a budget of 1,024 tokens; linear layers as stored and int4), stock transformers
 (`DynamicCache`, sdpa) and, where `llama-cpp-python` is installed, llama.cpp on the GGUF file that the weights
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class LlamaCpp:
     """llama.cpp through its Python binding, flash attention on."""
 
     def __init__(self, gguf: Path, tokens: int, threads: int) -> None:
-        from llama_cpp import Llama
+        from llama_cpp import Llama  # type: ignore[import-not-found]
 
         self.model: Any = Llama(
             str(gguf),
@@ -184,7 +185,7 @@ def records(operation: str, tokens: int, dtype: str, times: dict[str, list[float
             other = times[peer]
             low, *_, high = statistics.quantiles(own, n=10) if len(own) > 1 else own * 2
             attention, _, linears = name.partition("/")
-            record = {
+            record: dict[str, Any] = {
                 "operation": operation,
                 "shape": {"tokens": tokens},
                 "dtype": dtype,
@@ -223,13 +224,13 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     for tokens in options.lengths:
         ids = text(tokens)
         readers: dict[str, Step] = {
-            "dense/bf16": lambda ids=ids: ours.prefill(ids),
-            "transformers": lambda ids=ids: stock.prefill(ids),
+            "dense/bf16": partial(ours.prefill, ids),
+            "transformers": partial(stock.prefill, ids),
         }
         steps: dict[str, Step] = {"transformers": stock.step}
         try:
             peer = LlamaCpp(folder.parent / SMOLLM2.gguf.basename, tokens, options.threads)
-            readers["llama.cpp"] = lambda ids=ids, peer=peer: peer.prefill(ids)
+            readers["llama.cpp"] = partial(peer.prefill, ids)
             steps["llama.cpp"] = peer.step
         except ImportError as error:
             missing["llama.cpp"] = f"not measured: {error}"
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="that count, besides two that warm up")
     parser.add_argument("--quick", action="store_true", help="1K tokens, three rounds")
     parser.add_argument("--long", action="store_true", help="16K and 32K too")
+    parser.add_argument("--lengths", type=int, nargs="+", help="these instead, in tokens")
     parser.add_argument("--out", type=Path, help="a file under benchmarks/results/ by default")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -321,9 +323,9 @@ def main() -> None:
     if options.child:
         child(*options.child)
         return
-    options.lengths = [1024, 4096, 8192] + ([16384, 32768] if options.long else [])
-    if options.quick:
-        options.lengths, options.rounds = [1024], 3
+    usual = [1024, 4096, 8192] + ([16384, 32768] if options.long else [])
+    options.lengths = options.lengths or ([1024] if options.quick else usual)
+    options.rounds = 3 if options.quick else options.rounds
     folder = ensure(SMOLLM2, Paths.default())
     report = environment(options)
     report["cases"], report["missing"] = measure(options, folder)

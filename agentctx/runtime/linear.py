@@ -45,6 +45,10 @@ class Linear:
         rows, columns = self.weight.shape
         return rows % ROWS == 0 and columns % GROUP == 0
 
+    def plain(self) -> Linear:
+        """The same layer without its twin."""
+        return Linear(self.weight, self.bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.twin is None or x.numel() > FEW * x.shape[-1]:
             return F.linear(x, self.weight, self.bias)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -129,6 +130,22 @@ class LlamaDecoder:
                 joined = tuple(f"model.layers.{index}.{name}" for name in names)
                 yield f"{index}.{part}", joined, getattr(layer, part)
         yield "head", ("lm_head",), self.head
+
+    def plain(self) -> LlamaDecoder:
+        """This model without twins: it verifies what the one with them drafts. No weight is copied."""
+        found = copy(self)
+        found.head = self.head.plain()
+        found.layers = [
+            replace(
+                layer,
+                qkv=layer.qkv.plain(),
+                out=layer.out.plain(),
+                gate_up=layer.gate_up.plain(),
+                down=layer.down.plain(),
+            )
+            for layer in self.layers
+        ]
+        return found
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, at: Tensor, state: KVState) -> Tensor:
         batch, new, _ = x.shape

@@ -11,6 +11,7 @@ import torch
 
 from agentctx.memory.errors import ModelError
 from agentctx.paths import Paths
+from agentctx.runtime import twins
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.dense import Dense
@@ -88,6 +89,17 @@ def test_a_wrong_draft_changes_nothing(tiny: LlamaDecoder, other: LlamaDecoder) 
     assert how.accepted_tokens < how.draft_tokens / 2
 
 
+def test_twins_draft_for_the_weights_that_they_stand_for(tiny_model: Path) -> None:
+    small = LlamaDecoder.load(tiny_model, torch.float32)
+    plain = small.plain()
+    twins.make(small.linears(), {})
+    assert plain.head.twin is None and plain.layers[0].qkv.twin is None
+    assert plain.head.weight is small.head.weight
+    how = Speculation(Dense(), small, pace=Always())
+    assert drafted(engine_of(plain), prompt(70), 200, how) == plainly(engine_of(plain), prompt(70), 200)
+    assert how.accepted_tokens > 0
+
+
 def test_nothing_is_kept_beyond_an_end_token_or_the_limit(tiny: LlamaDecoder) -> None:
     plain = plainly(engine_of(tiny), prompt(70), 60)
     for most in (1, 2, 3, 9):
@@ -135,6 +147,7 @@ def test_drafts_are_as_long_as_they_pay() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_real_model_says_the_same(embedded: Paths) -> None:
     body = LlamaDecoder.load(embedded.models / "smollm2/safetensors", torch.float32)
     ids = torch.randint(100, 40000, (600,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ import torch
 from agentctx.memory.errors import ConfigError
 from agentctx.models.int4 import codes, quantise
 from agentctx.models.manifest import Manifest
-from agentctx.models.table import SMOLLM2
+from agentctx.models.table import SMOLLM2, Linears
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
 from agentctx.runtime import twins
@@ -31,11 +32,15 @@ def folder(embedded: Paths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "safetensors"
 
 
-def load(folder: Path, **options: object) -> Weights:
-    gguf = folder.parent / SMOLLM2.gguf.basename
-    manifest = Manifest.read(folder)
-    return Weights.load(  # type: ignore[arg-type]
-        folder, name="smollm2", verify=manifest, gguf=gguf, memory_bytes=1 << 30, **options
+def load(folder: Path, linears: Linears, warnings: list[str]) -> Weights:
+    return Weights.load(
+        folder,
+        name="smollm2",
+        verify=Manifest.read(folder),
+        memory_bytes=1 << 30,
+        linears=linears,
+        gguf=folder.parent / SMOLLM2.gguf.basename,
+        warn=warnings.append,
     )
 
 
@@ -65,11 +70,11 @@ def test_every_code_of_the_gguf_is_the_weight_of_its_row(folder: Path) -> None:
 @pytest.mark.model
 def test_twins_are_made_once_without_quantising_again(folder: Path) -> None:
     warnings: list[str] = []
-    plain = load(folder, linears="bf16")
-    first = load(folder, linears="int4", warn=warnings.append)
+    plain = load(folder, "bf16", warnings)
+    first = load(folder, "int4", warnings)
     kept = folder / twins.FILE
     made = kept.stat().st_mtime_ns
-    again = load(folder, linears="int4", warn=warnings.append)
+    again = load(folder, "int4", warnings)
     assert kept.stat().st_mtime_ns == made and not warnings
     assert first.fingerprint == again.fingerprint != plain.fingerprint
     assert first.engine.body.weight_bytes > plain.engine.body.weight_bytes
@@ -99,8 +104,8 @@ def test_a_folder_of_the_user_is_not_written_to(tiny_model: Path) -> None:
 
 
 def test_auto_follows_what_was_measured(tiny_model: Path) -> None:
-    def has_twins(**options: str) -> bool:
-        body = Weights.load(tiny_model, name="tiny", **options).engine.body  # type: ignore[arg-type]
+    def has_twins(linears: Linears = "auto", measured: Linears = "bf16") -> bool:
+        body = Weights.load(tiny_model, name="tiny", linears=linears, measured=measured).engine.body
         assert isinstance(body, LlamaDecoder)
         return body.head.twin is not None
 
@@ -111,8 +116,6 @@ def test_auto_follows_what_was_measured(tiny_model: Path) -> None:
 
 
 def test_what_cannot_have_them_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    import json
-
     folder = tmp_path / "other"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
