@@ -39,6 +39,7 @@ from agentctx.workflows.trace import Event, Trace, read_trace
 
 if TYPE_CHECKING:
     from agentctx.models.load import Model
+    from agentctx.models.table import Linears
 
 __all__ = ["Context", "Stop"]
 Progress = Callable[[str, int, int | None], None]
@@ -66,6 +67,7 @@ class Context:
         base_url: str | None = None,
         window: int | None = None,
         attention: str = "auto",
+        linears: Linears = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
         paths: Paths | None = None,
@@ -80,9 +82,10 @@ class Context:
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
         `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
-        long texts, such as "quest:budget=2048"; "auto" is dense for now. `ephemeral`: write nothing to disk.
-        `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
-        memory, for the model and what it reads (None: 60 % of what is free).
+        long texts, such as "quest:budget=2048"; "auto" is dense for now. `linears`: the weights that a local
+        model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
+        `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it is
+        not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is free).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model
@@ -96,6 +99,7 @@ class Context:
                 "base_url": base_url,
                 "window": window,
                 "attention": attention,
+                "linears": linears,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
             }

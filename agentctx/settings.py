@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Budget
-from agentctx.models.table import TABLE
+from agentctx.models.table import TABLE, Linears
 from agentctx.paths import KV_BYTES, Paths
 
 PREFIX = "AGENTCTX_"
@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
     memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
     attention: str = "auto"
+    linears: Linears = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
-from agentctx.models.table import TABLE, Entry
+from agentctx.models.table import TABLE, Entry, Linears
 from agentctx.paths import KV_BYTES, Paths
 from agentctx.runtime.methods.table import place_of
 from agentctx.workflows.profile import ModelProfile
@@ -44,6 +44,7 @@ class Loading:
 
     window: int | None
     attention: str
+    linears: Linears
     kv_bytes: int
     memory_bytes: int | None
 
@@ -56,6 +57,7 @@ def open_model(
     offline: bool = False,
     window: int | None = None,
     attention: str = "auto",
+    linears: Linears = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -63,14 +65,15 @@ def open_model(
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `kv_bytes` bounds what is
-    kept on disk of what a local model reads, 0 keeps nothing; `memory_bytes` its weights and KV in memory,
-    None takes 60 % of what is free. ConfigError for an unknown name or a contradiction, ModelError for what
-    cannot be loaded.
+    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `linears` chooses the
+    weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
+    that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
+    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
+    unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
-    how = Loading(window, attention, kv_bytes, memory_bytes)
+    how = Loading(window, attention, linears, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
         if attention != "auto":
             raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
@@ -102,7 +105,18 @@ def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) ->
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder))
+    return _open_folder(
+        folder,
+        entry.name,
+        paths,
+        how,
+        entry=entry,
+        manifest=Manifest.read(folder),
+        gguf=folder.parent / entry.gguf.basename,
+    )
+
+
+def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:
 
 
 def _open_folder(
@@ -111,28 +125,26 @@ def _open_folder(
     paths: Paths,
     how: Loading,
     *,
+    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
     entry: Entry | None = None,
     manifest: Manifest | None = None,
+    gguf: Path | None = None,
 ) -> Model:
     with _collector_resting():
         from agentctx.models.weights import Weights
 
+        said: list[str] = []
         weights = Weights.load(
             folder,
             name=name,
             verify=manifest,
-            attention=how.attention,
-            kv=paths.kv if how.kv_bytes else None,
-            kv_bytes=how.kv_bytes,
-            memory_bytes=how.memory_bytes,
-        )
-        context = how.window or weights.context
         if context > weights.context:
             raise ConfigError(
                 f"a window of {context} tokens is more than the {weights.context} that {name} takes"
             )
         profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
-        return _assemble(weights, profile if entry is None else _measured(profile, entry))
+        model = _assemble(weights, profile if entry is None else _measured(profile, entry))
+        return replace(model, warnings=tuple(Notice("model", line, name) for line in said))
 
 
 @contextmanager

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from agentctx.workflows.profile import Tier
+
+Linears = Literal["auto", "bf16", "int4"]  # the weights of linear layers while generating
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,9 @@ class Entry:
     context: int  # tokens, prompt and output together
     reliable: int | None  # tokens it still reads well
     tiers: frozenset[Tier]
+    linears: Linears = (
+        "bf16"  # what "auto" is: int4 where that raises the negative log-likelihood by less than 2 %
+    )
 
     @property
     def room(self) -> int:
@@ -68,6 +74,7 @@ SMOLLM2 = Entry(
     # the best of them, and from 1,000 tokens on it was worse (benchmarks/results/reading.json, `lengths`).
     reliable=300,
     tiers=frozenset({"reads"}),
+    linears="int4",  # benchmarks/results/linears.json
 )
 
 TABLE: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in (SMOLLM2,)})

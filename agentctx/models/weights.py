@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
+from agentctx.models.table import Linears
 from agentctx.paths import KV_BYTES
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from agentctx.runtime.body import Body
+    from agentctx.runtime.llama import LlamaDecoder
 
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
 _BLOCK = 1 << 20
@@ -68,6 +70,10 @@ class Weights:
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
         attention: str = "dense",
+        linears: Linears = "auto",
+        measured: Linears = "bf16",
+        gguf: Path | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
 
@@ -75,6 +81,11 @@ class Weights:
         processes, within `kv_bytes`; None keeps it in memory only. `memory_bytes` bounds weights and KV in
         memory; None takes 60 % of what is free. `attention`: see `runtime.methods.table.method`; ConfigError
         for what it does not know.
+
+        `linears`: with "int4" a few rows at a time go through 4-bit copies of the linear layers, made of the
+        codes in `gguf` if the folder came from there; "auto" is `measured`, what is known to cost this model
+        little, on a processor that multiplies bfloat16. ConfigError for a model that cannot have them. `warn`
+        is told what is less than it could be.
         """
         if verify is None:
             _check_files(folder)
@@ -85,7 +96,13 @@ class Weights:
             chosen = method(attention)
             content = identity.result()  # before anything of the files is used
             body, tokenizer = _read(folder, dtype, device, name)
-        fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
+        identified_by = f"{LOADER} {content} {dtype}"
+        if _can_quantise(body, linears, measured, name):
+            from agentctx.models.int4 import quantise
+
+            quantise(body, folder, source=content, manifest=verify, gguf=gguf, warn=warn)
+            identified_by += " int4"
+        fingerprint = hashlib.sha256(identified_by.encode()).hexdigest()
         store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
         engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), method=chosen, store=store)
@@ -134,6 +151,22 @@ def _read_body(folder: Path, dtype: torch.dtype, device: str) -> Body:
         if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
             raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
         return HFBody(model.requires_grad_(False).to(device))
+
+
+def _can_quantise(body: Body, linears: Linears, measured: Linears, name: str) -> TypeGuard[LlamaDecoder]:
+    """Whether int4 is wanted; ConfigError if it was asked for and cannot be had."""
+    import torch
+
+    from agentctx.runtime.llama import LlamaDecoder
+
+    able = isinstance(body, LlamaDecoder)
+    if linears == "int4" and not able:
+        raise ConfigError(
+            f"{name} cannot have linear layers of 4 bits here: they are for Llama and Qwen on a CPU",
+            hint="set linears to auto or bf16",
+        )
+    fast = body.shape.dtype == torch.bfloat16
+    return able and (linears == "int4" or (linears == "auto" and measured == "int4" and fast))
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -9,8 +9,9 @@ operators a layer. What is not exactly this architecture goes through `runtime/h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +42,14 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(  # with keys that ha
         "mistral": ("num_key_value_heads", "sliding_window"),
         "qwen2": ("num_key_value_heads",),
         "qwen3": ("num_key_value_heads", "head_dim"),
+    }
+)
+JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(  # products over one input, made as one
+    {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "out": ("self_attn.o_proj",),
+        "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
     }
 )
 
@@ -76,11 +85,11 @@ def _plain(rope: Mapping[str, Any]) -> bool:
 @dataclass(slots=True)
 class _Layer:
     before: Tensor  # weight of the norm before attention
-    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    after: Tensor  # and of the one before the rest
+    qkv: Linear
     out: Linear
-    after: Tensor
     gate_up: Linear
     down: Linear
 
@@ -124,15 +133,40 @@ class LlamaDecoder:
         """See `Body`."""
         x = F.embedding(ids, self.embedding)
         at = state.positions(ids.shape[1]).to(torch.int32)
+        size = x.shape[-1:]
         for index, layer in enumerate(self.layers):
-            x = x + self._attend(index, layer, F.rms_norm(x, x.shape[-1:], layer.before, self.eps), at, state)
-            gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.after, self.eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+            x += self._attend(index, layer, torch.rms_norm(x, size, layer.before, self.eps), at, state)
+            gate, up = layer.gate_up(torch.rms_norm(x, size, layer.after, self.eps)).chunk(2, -1)
+            x += layer.down(F.silu(gate).mul_(up))
+        return torch.rms_norm(x, size, self.norm, self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""
         return self.head(hidden)
+
+    def linears(self) -> Iterator[tuple[str, tuple[str, ...], Linear]]:
+        """Every linear layer by a name of its own, with the names of the tensors whose rows it joins."""
+        for index, layer in enumerate(self.layers):
+            for part, names in JOINED.items():
+                joined = tuple(f"model.layers.{index}.{name}" for name in names)
+                yield f"{index}.{part}", joined, getattr(layer, part)
+        yield "head", ("lm_head",), self.head
+
+    def plain(self) -> LlamaDecoder:
+        """This model without twins: it verifies what the one with them drafts. No weight is copied."""
+        found = copy(self)
+        found.head = self.head.plain()
+        found.layers = [
+            replace(
+                layer,
+                qkv=layer.qkv.plain(),
+                out=layer.out.plain(),
+                gate_up=layer.gate_up.plain(),
+                down=layer.down.plain(),
+            )
+            for layer in self.layers
+        ]
+        return found
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, at: Tensor, state: KVState) -> Tensor:
         batch, new, _ = x.shape
@@ -150,14 +184,10 @@ class LlamaDecoder:
 
     def _layer(self, weights: Checkpoint, index: int) -> _Layer:
         name = f"model.layers.{index}."
-        attention, mlp = name + "self_attn.", name + "mlp."
         return _Layer(
             weights[name + "input_layernorm.weight"],
-            weights.joined([attention + part for part in ("q_proj", "k_proj", "v_proj")]),
-            weights.get(attention + "q_norm.weight"),
-            weights.get(attention + "k_norm.weight"),
-            weights.joined([attention + "o_proj"]),
+            weights.get(name + "self_attn.q_norm.weight"),
+            weights.get(name + "self_attn.k_norm.weight"),
             weights[name + "post_attention_layernorm.weight"],
-            weights.joined([mlp + "gate_proj", mlp + "up_proj"]),
-            weights.joined([mlp + "down_proj"]),
+            **{part: weights.joined([name + one for one in names]) for part, names in JOINED.items()},
         )
