@@ -84,8 +84,9 @@ class Context:
         `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
         long texts, such as "quest:budget=2048"; "auto" is dense for now. `linears`: the weights that a local
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
-        `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it is
-        not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is free).
+        `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
+        is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
+        free).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model

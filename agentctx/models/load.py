@@ -105,18 +105,7 @@ def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) ->
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(
-        folder,
-        entry.name,
-        paths,
-        how,
-        entry=entry,
-        manifest=Manifest.read(folder),
-        gguf=folder.parent / entry.gguf.basename,
-    )
-
-
-def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:
+    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
 
 
 def _open_folder(
@@ -125,7 +114,6 @@ def _open_folder(
     paths: Paths,
     how: Loading,
     *,
-    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
     entry: Entry | None = None,
     manifest: Manifest | None = None,
     gguf: Path | None = None,
@@ -138,6 +126,16 @@ def _open_folder(
             folder,
             name=name,
             verify=manifest,
+            attention=how.attention,
+            linears=how.linears,
+            measured=entry.linears if entry else "bf16",
+            gguf=gguf,
+            kv=paths.kv if how.kv_bytes else None,
+            kv_bytes=how.kv_bytes,
+            memory_bytes=how.memory_bytes,
+            warn=said.append,
+        )
+        context = how.window or weights.context
         if context > weights.context:
             raise ConfigError(
                 f"a window of {context} tokens is more than the {weights.context} that {name} takes"
