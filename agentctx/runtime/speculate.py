@@ -3,7 +3,9 @@
 Self-speculation (Zhang et al., "Draft & Verify", arXiv 2309.08168) with sparse attention over the same KV as
 the draft (Chen et al., "MagicDec", arXiv 2408.11049), or with the 4-bit twins of the same weights, or both.
 The exact pass over a draft costs little more than one over a single token, since it reads the weights and
-the KV once. What it disagrees with is forgotten, so the ids are those that greedy decoding alone gives.
+the KV once. What it disagrees with is forgotten, so the ids are those that greedy decoding alone gives, as
+far as one pass over several tokens computes what several passes do: in bfloat16 two tokens can tie to the
+last bit, and then the rounding of either pass chooses.
 
 A draft of g tokens yields `1 + a + ... + a^g` tokens on average, if each is accepted with probability a, and
 costs g cheap steps and one exact pass. All of this is measured on the way; g is what yields the most tokens
