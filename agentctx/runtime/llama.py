@@ -91,7 +91,12 @@ class LlamaDecoder:
             for shard in sorted(folder.glob("*.safetensors")):
                 tensors |= load_file(shard)
             return cls(config, tensors, dtype)
-        except (SafetensorError, OSError, KeyError) as error:
+        except KeyError as error:
+            raise ModelError(
+                f"the weights in {folder} cannot be loaded: they lack the tensor {error.args[0]}",
+                hint="are all its files complete?",
+            ) from error
+        except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"the weights in {folder} cannot be loaded: {error}", hint="are all its files complete?"
             ) from error
