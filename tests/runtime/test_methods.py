@@ -50,6 +50,10 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "hidden_size": 128,
+    "intermediate_size": 128,
+    "vocab_size": 97,
+    "model_type": "llama",
+    "rms_norm_eps": 1e-6,
     "num_hidden_layers": 4,
     "max_position_embeddings": 2048,
 }
