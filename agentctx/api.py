@@ -21,9 +21,10 @@ from agentctx.memory.blobs import Blobs
 from agentctx.memory.documents import Corpus, Selection
 from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError
 from agentctx.memory.types import Answer, Budget, Notice, Plan
-from agentctx.paths import Paths
+from agentctx.paths import KV_BYTES, Paths
 from agentctx.privacy import tracing_notices
 from agentctx.runs import Runs
+from agentctx.secret import kept_secret
 from agentctx.session import execute, outcome
 from agentctx.sources import Source, corpus_of
 from agentctx.workflows.cache import LeafCache
@@ -38,6 +39,7 @@ from agentctx.workflows.trace import Event, Trace, read_trace
 
 if TYPE_CHECKING:
     from agentctx.models.load import Model
+    from agentctx.models.table import Linears
 
 __all__ = ["Context", "Stop"]
 Progress = Callable[[str, int, int | None], None]
@@ -64,18 +66,27 @@ class Context:
         model: str | Model = "smollm2",
         base_url: str | None = None,
         window: int | None = None,
+        attention: str = "auto",
+        linears: Linears = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
         paths: Paths | None = None,
         offline: bool = False,
         ephemeral: bool = False,
+        kv_bytes: int = KV_BYTES,
+        memory_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Read the sources and open the model.
 
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
-        `window`: use at most this many tokens of the model's context. `ephemeral`: write nothing to disk.
+        `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
+        long texts, such as "quest:budget=2048"; "auto" is dense for now. `linears`: the weights that a local
+        model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
+        `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
+        is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
+        free).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model
@@ -84,11 +95,16 @@ class Context:
         paths = paths or Paths.default()
         options: dict[str, Any] = {}
         if isinstance(model, str):
-            options = {"name": model, "base_url": base_url, "window": window}
-            name = options["name"]
-            model = open_model(
-                name, base_url=base_url, window=window, paths=paths, offline=offline, progress=progress
-            )
+            options = {
+                "name": model,
+                "base_url": base_url,
+                "window": window,
+                "attention": attention,
+                "linears": linears,
+                "kv_bytes": 0 if ephemeral else kv_bytes,
+                "memory_bytes": memory_bytes,
+            }
+            model = open_model(**options, paths=paths, offline=offline, progress=progress)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
         return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral)
 
@@ -209,7 +225,7 @@ class Context:
             documents,
             self.model.profile,
             self.model.counter,
-            tag or draw_tag(documents.values()),
+            tag or draw_tag(documents.values(), secrets.token_bytes(16)),
             self.model.reader,
             budget,
         )
@@ -225,7 +241,9 @@ class Context:
     ) -> Answer:
         run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         chosen = _strategy(strategy)
-        scope = self._scope(task, budget)
+        # Kept, so that what was read between these delimiters can be used again.
+        tag = None if self.ephemeral else draw_tag(self.corpus.documents, kept_secret(self.paths.secret))
+        scope = self._scope(task, budget, tag)
         manifest = {
             "task": asdict(task),
             "strategy": chosen.name,

@@ -57,7 +57,7 @@ def examine(paths: Paths, *, endpoints: bool = False) -> list[Check]:
     """Run every check."""
     checks = [_python(), *(_package(name) for name in PACKAGES), _accelerator(), _kernels(), _sqlite()]
     checks += [_folder(name, path) for name, path in asdict(paths).items()]
-    checks += [*_locks(paths), *_databases(paths), *_models(paths), *_environment(), _settings()]
+    checks += [_kv(paths), *_locks(paths), *_databases(paths), *_models(paths), *_environment(), _settings()]
     if endpoints:
         checks.append(_endpoint())
     return checks
@@ -127,6 +127,16 @@ def _folder(name: str, path: Path) -> Check:
             title, False, f"{path}: {free / 1e9:.1f} GB free", "free some space, or set AGENTCTX_HOME"
         )
     return Check(title, True, f"{path}, {free / 1e9:.0f} GB free, {kind or 'unknown file system'}")
+
+
+def _kv(paths: Paths) -> Check:
+    """What was read and is kept, by model."""
+    from agentctx.memory.kv.shelf import Shelf
+
+    held = Shelf(paths.kv, budget=0).held()
+    size = sum(one.bytes for one in held)
+    named = ", ".join(f"{one.name} {one.bytes / 1e6:,.0f} MB" for one in held) or "nothing kept"
+    return Check("KV store", True, f"{paths.kv}, {size / 1e6:,.1f} MB ({named})")
 
 
 def _file_system(path: Path) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import platformdirs
 
+KV_BYTES = 4 << 30  # what the folder `kv` may take if nobody says otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -32,12 +34,20 @@ class Paths:
         return self.cache / "models"
 
     @property
+    def kv(self) -> Path:
+        return self.cache / "kv" / "v1"
+
+    @property
     def calls(self) -> Path:
         return self.cache / "calls.db"
 
     @property
     def blobs(self) -> Path:
         return self.data / "blobs"
+
+    @property
+    def secret(self) -> Path:
+        return self.data / "secret"
 
     @property
     def runs(self) -> Path:

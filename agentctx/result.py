@@ -85,6 +85,8 @@ class Spent(Part):
     scored: int
     retried: int
     seconds: float
+    computed_tokens: int
+    reused_tokens: int
 
 
 class Limit(Part):

@@ -23,8 +23,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Budget
-from agentctx.models.table import TABLE
-from agentctx.paths import Paths
+from agentctx.models.table import TABLE, Linears
+from agentctx.paths import KV_BYTES, Paths
 
 PREFIX = "AGENTCTX_"
 NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
@@ -42,6 +42,10 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     strategy: str = "auto"
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
+    kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
+    memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
+    attention: str = "auto"
+    linears: Linears = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

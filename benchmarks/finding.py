@@ -31,7 +31,7 @@ from semantic_text_splitter import TextSplitter
 
 from agentctx.memory.lexical import Lexical
 from agentctx.models.load import open_model
-from agentctx.models.reader import TransformersReader
+from agentctx.models.reader import LikelihoodReader
 from agentctx.paths import Paths
 from agentctx.workflows.rank import CANDIDATES, LEXICAL_WEIGHT, FirstStage, Ranking, rank
 
@@ -126,7 +126,7 @@ def orders(item: Item, words: Lexical, ranking: Ranking, first: FirstStage) -> d
     }
 
 
-async def measure(items: Sequence[Item], reader: TransformersReader, candidates: int, log: Path) -> None:
+async def measure(items: Sequence[Item], reader: LikelihoodReader, candidates: int, log: Path) -> None:
     """Append one line per item to `log`: the place of the best gold passage by each method, from 0."""
     done = {(row["task"], row["id"]) for row in _read(log)}
     indexes: dict[tuple[str, ...], tuple[Lexical, FirstStage]] = {}
@@ -209,11 +209,10 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def load(name: str) -> TransformersReader:
-    """The model's reader, keeping enough for the passages of Natural Questions."""
-    chat: Any = open_model(name, paths=Paths.default()).chat
-    weights = chat.weights
-    return TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=3 << 30)
+def load(name: str) -> LikelihoodReader:
+    """The model's reader; what it keeps stays in memory, so that a run depends on no earlier one."""
+    chat: Any = open_model(name, paths=Paths.default(), kv_bytes=0).chat
+    return LikelihoodReader(chat.weights.engine, chat.weights.tokenizer)
 
 
 def environment(model: str, candidates: int) -> dict[str, Any]:

@@ -26,7 +26,6 @@ import os
 import platform
 import random
 import re
-import threading
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -42,7 +41,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from agentctx.memory.lexical import Lexical
 from agentctx.memory.sentences import sentences
-from agentctx.models.reader import TransformersReader
+from agentctx.models.reader import LikelihoodReader
+from agentctx.models.weights import Weights
 from agentctx.workflows.grounding import supported_part
 from agentctx.workflows.pick import excerpt, pick, pick_cost
 from agentctx.workflows.short_answer import MAX_TOKENS, clean_short_answer, short_answer_messages
@@ -124,14 +124,14 @@ class Writer:
 
 
 async def shown(
-    item: Item, passages: Sequence[str], reader: TransformersReader | None, answer: str, limit: int
+    item: Item, passages: Sequence[str], reader: LikelihoodReader | None, answer: str, limit: int
 ) -> str:
     """What a person would see of the passages."""
     picked = await pick(item.question, passages, reader=reader, answer=answer, limit=limit)
     return "\n".join(passages[span.passage][span.start : span.end] for span in picked.picks)
 
 
-async def bare(item: Item, reader: TransformersReader | None, limit: int) -> str:
+async def bare(item: Item, reader: LikelihoodReader | None, limit: int) -> str:
     """The best sentences of the right passage by bare likelihood, or the longest without a reader."""
     texts = [item.passage[start:end] for start, end in sentences(item.passage)]
     if reader is None:
@@ -142,7 +142,7 @@ async def bare(item: Item, reader: TransformersReader | None, limit: int) -> str
     return "\n".join(texts[position] for position in order[:limit])
 
 
-async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequence[str]) -> Table:
+async def spans(items: Sequence[Item], reader: LikelihoodReader, answers: Sequence[str]) -> Table:
     """Hits of each method with one and with two sentences of the right passage."""
     texts: dict[str, list[str]] = {"passage": [item.passage for item in items]}
     for limit in (1, 2):
@@ -160,7 +160,7 @@ async def spans(items: Sequence[Item], reader: TransformersReader, answers: Sequ
     }
 
 
-async def picked_text(item: Item, passages: Sequence[str], reader: TransformersReader) -> str:
+async def picked_text(item: Item, passages: Sequence[str], reader: LikelihoodReader) -> str:
     """What the model reads to answer: the two likeliest sentences under their headings."""
     picked = await pick(item.question, passages, reader=reader, limit=2)
     return excerpt(passages, picked.picks)
@@ -198,7 +198,7 @@ async def answered(
     return table
 
 
-async def answers_table(items: Sequence[Item], reader: TransformersReader, writer: Writer) -> Table:
+async def answers_table(items: Sequence[Item], reader: LikelihoodReader, writer: Writer) -> Table:
     """The short answer from picked sentences and from whole passages, of the right one and of found ones."""
     gold = [[item.passage] for item in items]
     first = [item.found[:1] for item in items]
@@ -218,7 +218,7 @@ async def answers_table(items: Sequence[Item], reader: TransformersReader, write
 
 async def lengths(
     items: Sequence[Item],
-    reader: TransformersReader,
+    reader: LikelihoodReader,
     writer: Writer,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Table:
@@ -278,7 +278,7 @@ def interval(values: Sequence[float]) -> Table:
 async def measure(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    reader = TransformersReader(model, tokenizer, lock=threading.Lock())
+    reader = LikelihoodReader(Weights.load(args.model, name=args.model.name).engine, tokenizer)
     writer = Writer(model, tokenizer)
     items = load(args.data, args.questions)
     begun = time.perf_counter()

@@ -65,7 +65,7 @@ class ModelError(AgentctxError):
     """The model or its endpoint failed.
 
     `code` is one of: not_fetched, unavailable, auth, overflow, rate_limit, timeout, malformed,
-    truncated_by_endpoint, wrong_hash, no_space, out_of_memory, refused.
+    truncated_by_endpoint, wrong_hash, no_space, out_of_memory, refused, unsupported.
     `retry_after` is the wait in seconds that the endpoint asked for.
     """
 

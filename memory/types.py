@@ -150,7 +150,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run spent. `input_tokens` includes those the Reader scored; the last four split it out."""
+    """What a run spent. `input_tokens` are those of all prompts and those the Reader computed.
+
+    `reused_tokens` of prompts and scored texts had their keys and values already; `computed_tokens` had not,
+    as far as the model tells.
+    """
 
     calls: int = 0
     input_tokens: int = 0
@@ -159,6 +163,8 @@ class Usage:
     cached: int = 0  # calls answered by the leaf cache
     scored: int = 0  # input tokens read by the Reader to score, not by a chat call
     retried: int = 0  # calls that were second or later attempts
+    computed_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

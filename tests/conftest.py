@@ -1,7 +1,10 @@
-"""What tests get: no network beyond this machine, a tiny model made on the spot, and the embedded one."""
+"""What tests get: no network beyond this machine, the C++ kernels built once, a tiny model made on the spot,
+and the embedded one.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,21 @@ def _only_loopback() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels() -> Path:
+    """The folder of the C++ kernels, loaded before a test gives itself another home: to build takes a minute.
+
+    A child process with a home of its own gets a link to this folder as `cache/kernels` in it.
+    """
+    from agentctx.kernels.cpu import build
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a compiler torch serves, here as well
+        build.reason(build.best())
+    return build.cache_folder()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama of random weights and a tokenizer of single bytes: fast nonsense."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -66,7 +83,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Paths:
+def embedded(kernels: Path) -> Paths:
     """The folders of this user with the embedded model in them: 93 MB are downloaded the first time."""
     from agentctx.models.catalog import ensure
     from agentctx.models.table import SMOLLM2

@@ -1,13 +1,16 @@
 """Documents are data: their text stands between delimiters that it cannot know.
 
-The tag is drawn per run and is in no document of the run. It lowers the risk of injected instructions; the
-roles that read documents also have no tools, so that an obeyed instruction has no effect.
+The tag is derived from a secret of this user and is in no document of the run: a text that holds it, by
+whatever chance, gets another one. It is the same from run to run, because the keys and values of a text can
+be used again only behind the same delimiters. It lowers the risk of injected instructions; the roles that
+read documents also have no tools, so that an obeyed instruction has no effect.
 """
 
 from __future__ import annotations
 
-import secrets
+import hmac
 from collections.abc import Iterable
+from itertools import count
 
 from agentctx.memory.types import Document
 
@@ -15,13 +18,16 @@ from agentctx.memory.types import Document
 TAG_DIGITS = 8
 
 
-def draw_tag(documents: Iterable[Document]) -> str:
-    """A random tag that occurs in none of the documents."""
+def draw_tag(documents: Iterable[Document], secret: bytes) -> str:
+    """The first tag of this secret that occurs in none of the documents."""
     texts = [document.text for document in documents]
-    while True:
-        tag = f"{secrets.randbelow(10**TAG_DIGITS):0{TAG_DIGITS}d}"
-        if not any(tag in text for text in texts):
-            return tag
+    tags = (_tag(secret, number) for number in count())
+    return next(tag for tag in tags if not any(tag in text for text in texts))
+
+
+def _tag(secret: bytes, number: int) -> str:
+    digest = hmac.digest(secret, number.to_bytes(8), "sha256")
+    return f"{int.from_bytes(digest[:8]) % 10**TAG_DIGITS:0{TAG_DIGITS}d}"
 
 
 def fenced(text: str, tag: str, label: str) -> str:

@@ -61,6 +61,9 @@ class MeteredReader:
         finally:
             run.ledger.settle(reservation, actual)
         run.scored += scores.computed_tokens
+        run.reused += scores.reused_tokens
+        for warning in scores.warnings:
+            run.warn("kv", warning)
         return scores
 
     def _key(self, question: str, text: str) -> str:

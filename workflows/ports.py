@@ -19,6 +19,7 @@ class Scores:
     values: tuple[float, ...]
     computed_tokens: int
     reused_tokens: int  # tokens whose KV was already held
+    warnings: tuple[str, ...] = ()  # what failed without changing a score
 
 
 class Counter(Protocol):

@@ -75,6 +75,8 @@ class RunContext:
     cached: int = 0
     scored: int = 0
     retried: int = 0
+    reused: int = 0  # tokens of prompts and scored texts whose keys and values were held
+    uncomputed: int = 0  # those of them that are input tokens: the prompts'
     succeeded: int = 0
     seen: State = field(default_factory=lambda: State())  # what the nodes gave so far, for a cancelled run
     dead: Failure | None = None  # set when the model cannot be reached at all
@@ -126,6 +128,8 @@ class RunContext:
             self.cached,
             self.scored,
             self.retried,
+            spent.input_tokens - self.uncomputed,
+            self.reused,
         )
 
     def warn(self, code: str, message: str, source: str = "") -> None:

@@ -60,6 +60,7 @@ async def attempt_call(
         try:
             reply = await _send(run, role, messages, attempt)
             actual = _used(reply, worst)
+            _note(run, reply)
         except TimeoutError:
             error = ModelError("no reply in the time that was left", code="timeout")
         except ModelError as caught:
@@ -144,6 +145,16 @@ async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], 
         raise ModelError("the model's stream held nothing", code="malformed")
     message = message_chunk_to_message(whole)
     return message if isinstance(message, AIMessage) else AIMessage(str(message.text))
+
+
+def _note(run: RunContext, reply: AIMessage) -> None:
+    """What the model says of itself: how much of the prompt it knew, and what failed on the way."""
+    details = reply.usage_metadata.get("input_token_details", {}) if reply.usage_metadata else {}
+    known = details.get("cache_read", 0)
+    run.reused += known
+    run.uncomputed += known
+    for warning in reply.response_metadata.get("warnings", ()):
+        run.warn("kv", str(warning))
 
 
 def _used(reply: AIMessage, worst: Cost) -> Cost:

@@ -41,15 +41,18 @@ def show_config(
 
 
 def show_paths(json: Json = False) -> None:
-    """Show every folder that agentctx uses."""
+    """Show every folder that agentctx uses, and the size of what was read and is kept."""
     from agentctx.cli.render import columns
+    from agentctx.memory.kv.shelf import Shelf
 
     paths = Paths.default()
     folders = asdict(paths) | {
-        name: getattr(paths, name) for name in ("models", "calls", "blobs", "runs", "logs")
+        name: getattr(paths, name) for name in ("models", "kv", "calls", "blobs", "runs", "logs")
     }
     named = {name: str(path) for name, path in folders.items()}
-    show({"paths": named}, columns(named.items()), "paths", as_json=json)
+    size = Shelf(paths.kv, budget=0).used_bytes
+    shown = named | {"kv": f"{paths.kv} ({size / 1e6:,.1f} MB)"}
+    show({"paths": named, "kv_bytes": size}, columns(shown.items()), "paths", as_json=json)
 
 
 def _toml(value: object) -> str:

@@ -62,6 +62,14 @@ class Options(OutputOptions):
         str | None, Option(help="Of an OpenAI-compatible endpoint.", rich_help_panel=MODEL, metavar="URL")
     ] = None
     window: Annotated[int | None, Option(help="Tokens the model reads well.", rich_help_panel=MODEL)] = None
+    attention: Annotated[
+        str | None,
+        Option(
+            help="How a local model reads: auto, dense, quest:budget=2048, ...",
+            rich_help_panel=MODEL,
+            metavar="NAME[:K=V,...]",
+        ),
+    ] = None
     strategy: Annotated[
         str | None, Option(help="auto, or one named in the README.", rich_help_panel=MODEL, metavar="NAME")
     ] = None

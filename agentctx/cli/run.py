@@ -145,10 +145,14 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         model=settings.model,
         base_url=settings.base_url,
         window=settings.window,
+        attention=settings.attention,
+        linears=settings.linears,
         selection=selection,
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,
         offline=settings.offline,
         ephemeral=settings.ephemeral,
+        kv_bytes=settings.kv_bytes,
+        memory_bytes=settings.memory_bytes,
         progress=output.progress.stage,
     )
 

@@ -27,12 +27,3 @@ def out_of_memory(name: str) -> ModelError:
         code="out_of_memory",
         hint="close other programs, shorten the prompt, or choose a smaller model",
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for Python's, CUDA's and the CPU allocator's ways of saying so."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
-from agentctx.models.table import TABLE, Entry
-from agentctx.paths import Paths
+from agentctx.models.table import TABLE, Entry, Linears
+from agentctx.paths import KV_BYTES, Paths
+from agentctx.runtime.methods.table import place_of
 from agentctx.workflows.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from agentctx.workflows.ports import Counter, Reader
 
 ENDPOINT = "openai:"
-KV_BYTES = 2 << 30  # memory that a reader may fill with KV of texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,17 @@ class Model:
     warnings: tuple[Notice, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a local model is opened: tokens of its window, its attention, bytes of disk and of memory."""
+
+    window: int | None
+    attention: str
+    linears: Linears
+    kv_bytes: int
+    memory_bytes: int | None
+
+
 def open_model(
     name: str,
     *,
@@ -45,67 +56,93 @@ def open_model(
     paths: Paths,
     offline: bool = False,
     window: int | None = None,
+    attention: str = "auto",
+    linears: Linears = "auto",
+    kv_bytes: int = KV_BYTES,
+    memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
+    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `linears` chooses the
+    weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
+    that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
+    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
+    unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
+    place_of(attention)  # a misspelt name is told before anything is fetched
+    how = Loading(window, attention, linears, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
+        if attention != "auto":
+            raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, offline=offline, window=window, progress=report)
+        return _open_fetched(TABLE[name], paths, how, offline=offline, progress=report)
     place = _find(name, offline=offline, progress=report)
     if place.is_dir():
-        return _open_folder(place, name, window=window)
-    return _open_gguf(place, paths, window=window, progress=report)
+        return _open_folder(place, name, paths, how)
+    return _open_gguf(place, paths, how, progress=report)
 
 
-def _open_fetched(
-    entry: Entry, paths: Paths, *, offline: bool, window: int | None, progress: Progress
-) -> Model:
+def _open_fetched(entry: Entry, paths: Paths, how: Loading, *, offline: bool, progress: Progress) -> Model:
     from agentctx.models.catalog import ensure
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, window=window, entry=entry, manifest=Manifest.read(folder))
+    return _open_folder(folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder))
 
 
-def _open_gguf(file: Path, paths: Paths, *, window: int | None, progress: Progress) -> Model:
+def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:
     from agentctx.models.catalog import converted
     from agentctx.models.manifest import Manifest
 
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
-    return _open_folder(folder, file.stem, window=window, manifest=Manifest.read(folder))
+    return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
 
 
 def _open_folder(
     folder: Path,
     name: str,
+    paths: Paths,
+    how: Loading,
     *,
-    window: int | None,
     entry: Entry | None = None,
     manifest: Manifest | None = None,
+    gguf: Path | None = None,
 ) -> Model:
     with _collector_resting():
         from agentctx.models.weights import Weights
 
-        weights = Weights.load(folder, name=name, verify=manifest)
-        context = weights.context if window is None else window
+        said: list[str] = []
+        weights = Weights.load(
+            folder,
+            name=name,
+            verify=manifest,
+            attention=how.attention,
+            linears=how.linears,
+            measured=entry.linears if entry else "bf16",
+            gguf=gguf,
+            kv=paths.kv if how.kv_bytes else None,
+            kv_bytes=how.kv_bytes,
+            memory_bytes=how.memory_bytes,
+            warn=said.append,
+        )
+        context = how.window or weights.context
         if context > weights.context:
             raise ConfigError(
-                f"a window of {window} tokens is more than the {weights.context} that {name} takes"
+                f"a window of {context} tokens is more than the {weights.context} that {name} takes"
             )
         profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
-        return _assemble(weights, profile if entry is None else _measured(profile, entry))
+        model = _assemble(weights, profile if entry is None else _measured(profile, entry))
+        return replace(model, warnings=tuple(Notice("model", line, name) for line in said))
 
 
 @contextmanager
@@ -127,10 +164,10 @@ def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
 def _assemble(weights: Weights, profile: ModelProfile) -> Model:
     from agentctx.models.counters import TemplateCounter
     from agentctx.models.local import LocalChat
-    from agentctx.models.reader import TransformersReader
+    from agentctx.models.reader import LikelihoodReader
 
     chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context)
-    reader = TransformersReader(weights.model, weights.tokenizer, lock=weights.lock, kv_bytes=KV_BYTES)
+    reader = LikelihoodReader(weights.engine, weights.tokenizer)
     return Model(chat, profile, TemplateCounter(chat.template), reader)
 
 

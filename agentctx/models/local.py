@@ -13,13 +13,16 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import run_in_executor
 from pydantic import Field, PrivateAttr
+from torch import Tensor
 
 from agentctx.memory.errors import ConfigError
-from agentctx.models.decode import Sampling, generate
-from agentctx.models.failures import overflow
+from agentctx.models.failures import out_of_memory, overflow
 from agentctx.models.stops import StopFilter
 from agentctx.models.template import ChatTemplate
 from agentctx.models.weights import Weights
+from agentctx.runtime.engine import Context
+from agentctx.runtime.memory import is_out_of_memory
+from agentctx.runtime.sampling import Sampling, generate
 
 DEFAULT_ANSWER = 512  # tokens, where the caller names no limit
 _PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill"})
@@ -153,19 +156,35 @@ class LocalChat(BaseChatModel):
 
     def _chunks(self, request: _Request, cancelled: threading.Event) -> Iterator[ChatGenerationChunk]:
         """Text as it comes, then one chunk without text that carries usage and the reason for ending."""
-        from tokenizers.decoders import DecodeStream
-
         if request.prefill:
             yield _text_chunk(request.prefill)
-        decoder, text, count, reason = (
-            DecodeStream(skip_special_tokens=True),
-            StopFilter(request.stop),
-            0,
-            "length",
+        try:
+            context, hidden = self.weights.engine.begin(request.prompt, keep=True, cancelled=cancelled)
+        except (MemoryError, RuntimeError) as error:
+            raise self._explained(error) from error
+        try:
+            yield from self._answer(request, context, hidden, cancelled)
+        except (MemoryError, RuntimeError) as error:
+            raise self._explained(error) from error
+        finally:
+            context.close()
+
+    def _answer(
+        self, request: _Request, context: Context, hidden: Tensor | None, cancelled: threading.Event
+    ) -> Iterator[ChatGenerationChunk]:
+        from tokenizers.decoders import DecodeStream
+
+        decoder, text = DecodeStream(skip_special_tokens=True), StopFilter(request.stop)
+        count, reason, reused = 0, "length", context.reused
+        tokens = generate(
+            context,
+            hidden,
+            most=request.most,
+            ends=self.weights.ends,
+            sampling=request.sampling,
+            cancelled=cancelled,
         )
-        for token in generate(
-            self.weights, request.prompt, most=request.most, sampling=request.sampling, cancelled=cancelled
-        ):
+        for token in tokens:
             count += 1
             if token in self.weights.ends:
                 reason = "stop"
@@ -177,13 +196,24 @@ class LocalChat(BaseChatModel):
                 break
         if rest := text.flush():
             yield _text_chunk(rest)
-        yield self._last_chunk(len(request.prompt), count, reason)
+        yield self._last_chunk(len(request.prompt), reused, count, reason, context.warnings)
 
-    def _last_chunk(self, prompt: int, answer: int, reason: str) -> ChatGenerationChunk:
+    def _explained(self, error: Exception) -> Exception:
+        return out_of_memory(self.weights.name) if is_out_of_memory(error) else error
+
+    def _last_chunk(
+        self, prompt: int, reused: int, answer: int, reason: str, warnings: list[str]
+    ) -> ChatGenerationChunk:
+        told = {"warnings": warnings} if warnings else {}
         message = AIMessageChunk(
             content="",
-            response_metadata={"model_name": self.model_name, "finish_reason": reason},
-            usage_metadata={"input_tokens": prompt, "output_tokens": answer, "total_tokens": prompt + answer},
+            response_metadata={"model_name": self.model_name, "finish_reason": reason, **told},
+            usage_metadata={
+                "input_tokens": prompt,
+                "output_tokens": answer,
+                "total_tokens": prompt + answer,
+                "input_token_details": {"cache_read": reused},
+            },
             chunk_position="last",
         )
         return ChatGenerationChunk(message=message)

@@ -1,8 +1,9 @@
-"""A causal language model in memory: tokenizer, torch model, and the lock that orders their use.
+"""A causal language model in memory: its tokenizer, and the engine that runs it.
 
 Reads a Hugging Face folder of safetensors; never a pickle, never code that ships with weights. Loading is
 kept short: the tokenizer is built from tokenizer.json directly (the class that AutoTokenizer looks up costs
-a second of imports and gives the same tokens), and hashes are checked beside the import of torch.
+a second of imports and gives the same tokens), hashes are checked beside the import of torch, and a plain
+Llama is read by the runtime itself, without transformers' model code.
 """
 
 from __future__ import annotations
@@ -10,44 +11,81 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
+from agentctx.models.table import Linears
+from agentctx.paths import KV_BYTES
+from agentctx.runtime.engine import Engine
+from agentctx.runtime.memory import is_out_of_memory, spare_bytes
+from agentctx.runtime.methods.table import method
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-LOADER = "1"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
+    from agentctx.runtime.body import Body
+    from agentctx.runtime.llama import LlamaDecoder
+
+LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
 _BLOCK = 1 << 20
 
 
 class Weights:
-    """What `LocalChat` and a reader share. Hold `lock` for one forward pass, never while waiting."""
+    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, fingerprint: str
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, ends: frozenset[int]
     ) -> None:
-        self.model = model
+        self.engine = engine
         self.tokenizer = tokenizer
         self.name = name
-        self.fingerprint = fingerprint  # of files, dtype and loader
-        self.lock = threading.Lock()
-        self.context = _context(model, name)  # tokens
-        self.ends = _end_tokens(model, tokenizer)
+        self.ends = ends
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files, the dtype, the loader and the attention method."""
+        return self.engine.identity
+
+    @property
+    def context(self) -> int:
+        """Tokens, prompt and answer together."""
+        return self.engine.body.window
 
     @classmethod
-    def load(cls, folder: Path, *, name: str, verify: Manifest | None = None) -> Weights:
+    def load(
+        cls,
+        folder: Path,
+        *,
+        name: str,
+        verify: Manifest | None = None,
+        kv: Path | None = None,
+        kv_bytes: int = KV_BYTES,
+        memory_bytes: int | None = None,
+        attention: str = "dense",
+        linears: Linears = "auto",
+        measured: Linears = "bf16",
+        gguf: Path | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> Weights:
         """Read `folder`; ModelError when something is missing, corrupt or too large for the memory.
 
-        `verify` is the list of files that must hash as written.
+        `verify` is the list of files that must hash as written. `kv` is the folder that keeps KV between
+        processes, within `kv_bytes`; None keeps it in memory only. `memory_bytes` bounds weights and KV in
+        memory; None takes 60 % of what is free. `attention`: see `runtime.methods.table.method`; ConfigError
+        for what it does not know.
+
+        `linears`: with "int4" a few rows at a time go through 4-bit copies of the linear layers, made of the
+        codes in `gguf` if the folder came from there; "auto" is `measured`, what is known to cost this model
+        little, on a processor that multiplies bfloat16. ConfigError for a model that cannot have them. `warn`
+        is told what is less than it could be.
         """
         if verify is None:
             _check_files(folder)
@@ -55,13 +93,20 @@ class Weights:
             identity = beside.submit(_identity, folder, verify)
             go_offline()
             dtype, device = _choose_device()
+            chosen = method(attention)
             content = identity.result()  # before anything of the files is used
-            model, tokenizer = _read(folder, dtype, name)
-        fingerprint = hashlib.sha256(f"{LOADER} {content} {dtype}".encode()).hexdigest()
-        with _memory_errors(name):
-            ready: Any = model
-            ready.requires_grad_(False).to(device).eval()
-        return cls(model, tokenizer, name=name, fingerprint=fingerprint)
+            body, tokenizer = _read(folder, dtype, device, name)
+        identified_by = f"{LOADER} {content} {dtype}"
+        if _can_quantise(body, linears, measured, name):
+            from agentctx.models.int4 import quantise
+
+            quantise(body, folder, source=content, manifest=verify, gguf=gguf, warn=warn)
+            identified_by += " int4"
+        fingerprint = hashlib.sha256(identified_by.encode()).hexdigest()
+        store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
+        room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
+        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), method=chosen, store=store)
+        return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
 
 
 def go_offline() -> None:
@@ -70,12 +115,12 @@ def go_offline() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read(folder: Path, dtype: torch.dtype, device: str, name: str) -> tuple[Body, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 
     try:
         with _memory_errors(name):
-            return _read_folder(folder, dtype)
+            return _read_body(folder, dtype, device), _read_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {name} cannot be loaded from {folder}: {_first_line(error)}",
@@ -83,9 +128,16 @@ def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[PreTrainedModel,
         ) from error
 
 
-def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_body(folder: Path, dtype: torch.dtype, device: str) -> Body:
+    from agentctx.runtime import llama
+
+    config = json.loads((folder / "config.json").read_bytes())
+    if device == "cpu" and llama.supports(config):
+        return llama.LlamaDecoder.load(folder, dtype)
     with _quiet_transformers():
         from transformers import AutoModelForCausalLM
+
+        from agentctx.runtime.hf.body import HFBody
 
         loader: Any = AutoModelForCausalLM
         model, report = loader.from_pretrained(
@@ -98,7 +150,23 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         )
         if missing := sorted(report["missing_keys"]):  # transformers would fill them with noise
             raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
-        return model, _read_tokenizer(folder)
+        return HFBody(model.requires_grad_(False).to(device))
+
+
+def _can_quantise(body: Body, linears: Linears, measured: Linears, name: str) -> TypeGuard[LlamaDecoder]:
+    """Whether int4 is wanted; ConfigError if it was asked for and cannot be had."""
+    import torch
+
+    from agentctx.runtime.llama import LlamaDecoder
+
+    able = isinstance(body, LlamaDecoder)
+    if linears == "int4" and not able:
+        raise ConfigError(
+            f"{name} cannot have linear layers of 4 bits here: they are for Llama and Qwen on a CPU",
+            hint="set linears to auto or bf16",
+        )
+    fast = body.shape.dtype == torch.bfloat16
+    return able and (linears == "int4" or (linears == "auto" and measured == "int4" and fast))
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -168,19 +236,10 @@ def _sample(path: Path, blocks: int = 16) -> bytes:
     return digest.digest()
 
 
-def _context(model: PreTrainedModel, name: str) -> int:
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if not context:
-        raise ModelError(
-            f"the config of {name} does not say how many tokens it takes (max_position_embeddings)"
-        )
-    return int(context)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = generation if isinstance(generation, list) else [generation]
+def _end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    listed = named if isinstance(named, list) else [named]
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
 
 
@@ -205,7 +264,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _memory_errors(name: str) -> Iterator[None]:
-    from agentctx.models.failures import is_out_of_memory, out_of_memory
+    from agentctx.models.failures import out_of_memory
 
     try:
         yield

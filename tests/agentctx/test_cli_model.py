@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agentctx.paths import Paths
-from agentctx.result import Result
+from agentctx.result import Result, Spent
 
 pytestmark = pytest.mark.model
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,12 @@ LEASE = """# Lease
 
 
 @pytest.fixture
-def folder(tmp_path: Path, embedded: Paths, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory, and a home of its own that borrows only the model."""
+def folder(tmp_path: Path, embedded: Paths, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, and a home of its own that borrows the model and the kernels."""
     home = tmp_path / "home"
     (home / "cache").mkdir(parents=True)
     (home / "cache" / "models").symlink_to(embedded.models)
+    (home / "cache" / "kernels").symlink_to(kernels)
     for name in [name for name in os.environ if name.startswith("AGENTCTX_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AGENTCTX_HOME", str(home))
@@ -68,11 +69,36 @@ def test_a_question_is_answered_and_the_run_is_kept(folder: Path) -> None:
     assert json.loads(agentctx(folder, "runs", "ls", "--json"))["runs"] == []
 
 
+def test_a_second_question_reads_only_what_is_new(folder: Path) -> None:
+    def usage(question: str) -> Spent:
+        out = agentctx(folder, "ask", question, "lease.md", "--json", "--offline")
+        said = Result.model_validate_json(out)
+        assert said.usage is not None and said.warnings == []
+        return said.usage
+
+    first = usage("How much notice ends the lease?")
+    assert first.reused_tokens == 0 and first.computed_tokens == first.input_tokens > 0
+    second = usage("When is the deposit returned?")
+    assert second.reused_tokens > 64 and second.computed_tokens < first.computed_tokens
+    (kept,) = json.loads(agentctx(folder, "kv", "ls", "--json"))["kv"]
+    assert kept["name"] == "smollm2" and kept["tokens"] > 64
+    cached = usage("When is the deposit returned?")
+    assert (cached.calls, cached.computed_tokens, cached.cached) == (0, 0, 1)
+    for path in (folder.parent / "home").rglob("*.kv"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    out = agentctx(folder, "ask", "How high is the rent?", "lease.md", "--json", "--offline")
+    damaged = Result.model_validate_json(out)
+    assert damaged.status == "complete" and {warning.code for warning in damaged.warnings} == {"kv"}
+    assert json.loads(agentctx(folder, "kv", "rm", "--all", "--json"))["freed"] > 0
+
+
 def test_an_ephemeral_run_leaves_nothing(folder: Path) -> None:
     agentctx(folder, "ask", "What is the rent?", "lease.md", "--ephemeral", "--offline")
     home = folder.parent / "home"
-    kept = [path for path in home.rglob("*") if path.is_file() and not path.is_relative_to(home / "cache")]
-    assert kept == [] and not (home / "cache" / "calls.db").exists()
+    assert [path.name for path in (home / "cache").iterdir() if not path.is_symlink()] == []
+    assert [path.name for path in home.iterdir()] == ["cache"]
 
 
 def test_limits_that_nothing_fits_are_a_typed_end(folder: Path) -> None:

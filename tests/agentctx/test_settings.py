@@ -143,3 +143,11 @@ def test_a_key_is_never_shown_and_its_file_is_private(
     with pytest.raises(ConfigError, match="api_key") as caught:
         Settings.load({}, cwd=project)
     assert "12" not in str(caught.value)
+
+
+def test_the_weights_that_generate_are_a_setting(project: Path) -> None:
+    (project / "agentctx.toml").write_text('linears = "int4"\n')
+    assert Settings.load({}, cwd=project).linears == "int4"
+    (project / "agentctx.toml").write_text('linears = "int3"\n')
+    with pytest.raises(ConfigError, match="linears is 'int3'"):
+        Settings.load({}, cwd=project)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,18 +17,22 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 
 from agentctx.memory.errors import ConfigError, ModelError
-from agentctx.models import decode
 from agentctx.models.counters import TemplateCounter
 from agentctx.models.local import LocalChat
 from agentctx.models.weights import Weights
+from agentctx.runtime import engine
+from agentctx.runtime.sampling import Sampling, generate
 
 QUESTION = [SystemMessage("Be brief."), HumanMessage("Which court ruled?")]
 
 
-def test_greedy_generation_is_that_of_transformers(tiny_chat: LocalChat) -> None:
-    prompt = tiny_chat.template.encode(QUESTION)
-    ours = list(_generate(tiny_chat.weights, prompt, most=40))
-    theirs: Any = tiny_chat.weights.model
+def test_greedy_generation_is_that_of_transformers(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = Weights.load(tiny_model, name="tiny")
+    prompt = LocalChat(weights=weights, model_name="tiny", context=1024).template.encode(QUESTION)
+    ours = list(_generate(weights, prompt, most=40))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=weights.engine.body.shape.dtype)
     with torch.inference_mode():
         batch = torch.tensor([prompt])
         ids = theirs.generate(
@@ -34,11 +41,23 @@ def test_greedy_generation_is_that_of_transformers(tiny_chat: LocalChat) -> None
     assert ours == ids[0, len(prompt) :].tolist()
 
 
-def test_reading_in_pieces_changes_nothing(tiny_chat: LocalChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = tiny_chat.template.encode([HumanMessage("long " * 60)])
-    whole = list(_generate(tiny_chat.weights, prompt, most=20))
-    monkeypatch.setattr(decode, "PIECE", 7)
-    assert list(_generate(tiny_chat.weights, prompt, most=20)) == whole
+def test_reading_in_pieces_changes_nothing(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = _chat(tiny_model)
+    prompt = chat.template.encode([HumanMessage("long " * 60)])
+    whole = list(_generate(chat.weights, prompt, most=20))
+    assert list(_generate(chat.weights, prompt, most=20)) == whole  # from what was held
+    monkeypatch.setattr(engine, "CHUNK", 64)
+    assert list(_generate(_chat(tiny_model).weights, prompt, most=20)) == whole
+
+
+def test_what_was_held_is_told(tiny_model: Path) -> None:
+    chat = _chat(tiny_model)
+    text = "The court of appeal ruled on the third of May. " * 8
+    asked = [[HumanMessage(text + question)] for question in ("Which court?", "And when?")]
+    replies = [chat.invoke(messages, max_tokens=3) for messages in asked]
+    told = [reply.usage_metadata["input_token_details"]["cache_read"] for reply in replies]
+    shared = len(os.path.commonprefix([chat.template.encode(messages) for messages in asked]))
+    assert told == [0, shared // 64 * 64]
 
 
 def test_usage_is_exact_and_told_once(tiny_chat: LocalChat) -> None:
@@ -49,7 +68,10 @@ def test_usage_is_exact_and_told_once(tiny_chat: LocalChat) -> None:
     assert last.chunk_position == "last"
     assert last.response_metadata == {"model_name": "tiny", "finish_reason": "length"}
     sent = TemplateCounter(tiny_chat.template).count_messages(QUESTION)
+    assert last.usage_metadata is not None
+    held = last.usage_metadata.pop("input_token_details")
     assert last.usage_metadata == {"input_tokens": sent, "output_tokens": 9, "total_tokens": sent + 9}
+    assert held["cache_read"] < sent
 
 
 def test_invoke_and_stream_say_the_same(tiny_chat: LocalChat) -> None:
@@ -75,10 +97,11 @@ def test_stop_sequence_ends_and_is_left_out(tiny_chat: LocalChat) -> None:
     assert cut.response_metadata["finish_reason"] == "stop"
 
 
-def test_end_token_ends(tiny_chat: LocalChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_token_ends(tiny_model: Path) -> None:
+    tiny_chat = _chat(tiny_model)
     tokens = list(_generate(tiny_chat.weights, tiny_chat.template.encode(QUESTION), most=30))
     end = tokens[12]
-    monkeypatch.setattr(tiny_chat.weights, "ends", frozenset({end}))
+    tiny_chat.weights.ends = frozenset({end})
     reply = tiny_chat.invoke(QUESTION, max_tokens=30)
     assert isinstance(reply, AIMessage)
     assert reply.response_metadata["finish_reason"] == "stop"
@@ -148,8 +171,8 @@ def test_images_are_refused(tiny_chat: LocalChat) -> None:
     assert caught.value.code == "refused"
 
 
-def test_leaving_a_stream_computes_no_more(tiny_chat: LocalChat) -> None:
-    calls = _count_forward_passes(tiny_chat)
+def test_leaving_a_stream_computes_no_more(tiny_model: Path) -> None:
+    tiny_chat, calls = _count_forward_passes(tiny_model)
     stream: Any = tiny_chat.stream(QUESTION, max_tokens=200)
     next(stream)
     stream.close()
@@ -165,8 +188,8 @@ def test_a_paused_stream_blocks_nobody(tiny_chat: LocalChat) -> None:
     assert len([first, *paused]) > 2
 
 
-async def test_cancelling_stops_the_work(tiny_chat: LocalChat) -> None:
-    calls = _count_forward_passes(tiny_chat, delay=0.02)
+async def test_cancelling_stops_the_work(tiny_model: Path) -> None:
+    tiny_chat, calls = _count_forward_passes(tiny_model, delay=0.02)
     task = asyncio.create_task(tiny_chat.ainvoke(QUESTION, max_tokens=900))
     while calls[0] < 2:
         await asyncio.sleep(0.01)
@@ -178,8 +201,8 @@ async def test_cancelling_stops_the_work(tiny_chat: LocalChat) -> None:
     assert calls[0] <= seen + 2
 
 
-async def test_the_event_loop_keeps_turning(tiny_chat: LocalChat) -> None:
-    _count_forward_passes(tiny_chat, delay=0.05)
+async def test_the_event_loop_keeps_turning(tiny_model: Path) -> None:
+    tiny_chat, _ = _count_forward_passes(tiny_model, delay=0.05)
     turns = 0
     task = asyncio.create_task(tiny_chat.ainvoke(QUESTION, max_tokens=8))
     while not task.done():
@@ -203,33 +226,43 @@ def test_out_of_memory_is_typed(tiny_chat: LocalChat, monkeypatch: pytest.Monkey
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(tiny_chat.weights.model, "forward", fail)
+    monkeypatch.setattr(tiny_chat.weights.engine.body, "forward", fail)
     with pytest.raises(ModelError) as caught:
         tiny_chat.invoke(QUESTION)
     assert caught.value.code == "out_of_memory"
 
 
-def _generate(weights: Weights, prompt: list[int], *, most: int) -> Any:
-    return decode.generate(
-        weights, prompt, most=most, sampling=decode.Sampling(), cancelled=threading.Event()
-    )
+def _chat(folder: Path) -> LocalChat:
+    """A chat whose engine has read nothing yet."""
+    weights = Weights.load(folder, name="tiny", memory_bytes=64 << 20)
+    return LocalChat(weights=weights, model_name="tiny", context=weights.context)
 
 
-def _count_forward_passes(chat: LocalChat, delay: float = 0.0) -> list[int]:
-    """Count in place, on a copy of the weights' holder so that other tests are not touched."""
-    calls = [0]
-    model: Any = chat.weights.model
+def _generate(weights: Weights, prompt: list[int], *, most: int) -> Iterator[int]:
+    context, hidden = weights.engine.begin(prompt)
+    try:
+        yield from generate(
+            context,
+            hidden,
+            most=most,
+            ends=weights.ends,
+            sampling=Sampling(),
+            cancelled=threading.Event(),
+        )
+    finally:
+        context.close()
 
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model, name)
 
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            calls[0] += 1
-            time.sleep(delay)
-            return model(*args, **options)
+def _count_forward_passes(folder: Path, delay: float = 0.0) -> tuple[LocalChat, list[int]]:
+    """A chat of its own, and the number of passes that it makes."""
+    chat = _chat(folder)
+    calls, body = [0], chat.weights.engine.body
+    forward = body.forward
 
-    weights = Weights.__new__(Weights)
-    weights.__dict__ = chat.weights.__dict__ | {"model": Counting()}
-    chat.weights = weights
-    return calls
+    def counting(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        time.sleep(delay)
+        return forward(*args)
+
+    body.forward = counting  # type: ignore[method-assign]
+    return chat, calls

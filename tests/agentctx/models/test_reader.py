@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agentctx.memory.errors import InputError, ModelError
-from agentctx.models.reader import TransformersReader
+from agentctx.models.load import Model
+from agentctx.models.reader import LikelihoodReader
+from agentctx.runtime.engine import Engine
+from agentctx.runtime.llama import LlamaDecoder
 
 AFTER = "\n\nThis text answers the question:"
 QUESTION = "who keeps the light?"
@@ -57,8 +51,15 @@ def tiny(dtype: torch.dtype = torch.float32, window: int = 512) -> LlamaForCausa
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def reader(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **options: int) -> TransformersReader:
-    return TransformersReader(model, tokenizer, lock=threading.Lock(), **options)
+def reader(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, memory_bytes: int = 32 << 20
+) -> LikelihoodReader:
+    return LikelihoodReader(engine(model, memory_bytes), tokenizer)
+
+
+def engine(model: LlamaForCausalLM, memory_bytes: int = 32 << 20) -> Engine:
+    body = LlamaDecoder(model.config.to_dict(), model.state_dict(), model.dtype)
+    return Engine(body, fingerprint="tiny", memory_bytes=memory_bytes)
 
 
 def reference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, text: str) -> float:
@@ -105,24 +106,16 @@ async def test_a_text_is_computed_once_and_counted_exactly(tokenizer) -> None:
     assert second.computed_tokens <= subject.likelihood_cost("and where?", TEXTS)
 
 
-async def test_what_is_kept_stays_within_its_bytes_and_the_oldest_leaves(tokenizer) -> None:
-    one = reader(tiny(), tokenizer)
-    await one.likelihood(QUESTION, ["a" * 50])
-    size = one.kept_bytes
-    subject = reader(tiny(), tokenizer, kv_bytes=2 * size)
-    for letter in "abac":  # b is the least recently used when c comes
-        await subject.likelihood(QUESTION, [letter * 50])
-        assert subject.kept_bytes <= 2 * size
-    reused = {x: (await subject.likelihood(QUESTION, [x * 50])).reused_tokens > 0 for x in "acb"}
-    assert reused == {"a": True, "c": True, "b": False}
-
-
-async def test_a_budget_of_nothing_keeps_nothing_and_scores_the_same(tokenizer) -> None:
-    kept, unkept = reader(tiny(), tokenizer), reader(tiny(), tokenizer, kv_bytes=0)
-    expected = await kept.likelihood(QUESTION, TEXTS)
-    for _ in range(2):
-        assert await unkept.likelihood(QUESTION, TEXTS) == expected
-        assert unkept.kept_bytes == 0
+async def test_little_memory_keeps_what_was_used_last_and_scores_the_same(tokenizer) -> None:
+    model = tiny()
+    page = engine(model).body.shape.page_bytes
+    subject = reader(model, tokenizer, 8 * page)  # three texts of two pages with their questions, not four
+    values = {}
+    for letter in "abcadb":
+        scores = await subject.likelihood(QUESTION, [letter * 50])
+        assert scores.values == pytest.approx(values.setdefault(letter, scores.values), abs=1e-4)
+    last = await subject.likelihood(QUESTION, ["b" * 50])
+    assert last.reused_tokens == 50 + len(AFTER) - 1
 
 
 async def test_too_long_for_the_window_is_an_error_that_names_it(tokenizer) -> None:
@@ -141,9 +134,9 @@ async def test_a_blank_question_is_refused_and_no_texts_are_free(tokenizer) -> N
 
 
 async def test_the_loop_runs_on_while_another_holds_the_model(tokenizer) -> None:
-    lock = threading.Lock()
-    subject = TransformersReader(tiny(), tokenizer, lock=lock)
-    with lock:
+    shared = engine(tiny())
+    subject = LikelihoodReader(shared, tokenizer)
+    with shared.lock:
         waiting = asyncio.create_task(subject.likelihood(QUESTION, TEXTS))
         for _ in range(20):
             await asyncio.sleep(0.001)
@@ -152,9 +145,9 @@ async def test_the_loop_runs_on_while_another_holds_the_model(tokenizer) -> None
 
 
 async def test_a_cancelled_call_frees_the_model_and_the_next_one_is_right(tokenizer) -> None:
-    lock = threading.Lock()
-    subject = TransformersReader(tiny(), tokenizer, lock=lock)
-    with lock:
+    shared = engine(tiny())
+    subject = LikelihoodReader(shared, tokenizer)
+    with shared.lock:
         waiting = asyncio.create_task(subject.likelihood(QUESTION, TEXTS))
         await asyncio.sleep(0.01)
         waiting.cancel()
@@ -174,12 +167,9 @@ async def test_the_size_of_a_batch_changes_no_score(tokenizer, monkeypatch, rows
 
 
 @pytest.mark.model
-async def test_the_embedded_model_finds_the_passage() -> None:
-    folder = os.environ.get("AGENTCTX_TEST_MODEL", "")
-    if not Path(folder, "config.json").is_file():
-        pytest.skip("AGENTCTX_TEST_MODEL does not name a model folder")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    subject = TransformersReader(model, AutoTokenizer.from_pretrained(folder), lock=threading.Lock())
+async def test_the_embedded_model_finds_the_passage(embedded_model: Model) -> None:
+    subject = embedded_model.reader
+    assert subject is not None
     texts = [
         "A spider no longer than a grain of rice. It spins between the stems of sea lavender, and when a "
         "spring tide is due it closes itself into a purse of silk that holds air for up to seven hours.",

@@ -1,0 +1,32 @@
+"""What the engine needs of a model: hidden states for tokens at positions, over stored KV, and their
+logits.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from agentctx.memory.kv.pool import KVShape
+from agentctx.runtime.state import KVState
+
+
+class Body(Protocol):
+    """A decoder without a head start: it holds weights, and no token of any text."""
+
+    shape: KVShape
+    window: int  # tokens it was trained for
+    weight_bytes: int
+
+    def forward(self, ids: Tensor, state: KVState) -> Tensor:
+        """Hidden states `[B, T, H]` after the last norm, of ids `[B, T]` int64; `state` says where they
+        stand.
+
+        The keys and values go to `state`, whose rows they continue.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., V]`, in the dtype of the weights, of hidden states `[..., H]`."""
+        ...

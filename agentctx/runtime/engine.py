@@ -1,0 +1,331 @@
+"""A model that reads: texts become keys and values once, and every later step starts from them.
+
+Three places are asked in turn for what a text begins with: the pages in memory, the blocks on disk, the
+model. Only what neither has is computed, and it goes to both. A sequence is a fork of what was read: it
+shares the pages, and what it adds is its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from agentctx.memory.errors import ModelError, StoreError
+from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
+from agentctx.memory.kv.prefixes import PrefixIndex
+from agentctx.memory.kv.store import BlockStore
+from agentctx.memory.kv.table import BlockTable
+from agentctx.runtime.body import Body
+from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.state import KVState
+
+CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
+ASKED = 128  # tokens at the end of a prompt that ask about the rest, where that makes a difference
+TOGETHER = 4096  # tokens of several short texts in one pass, padding included; bounds its memory
+
+
+@dataclass
+class Context:
+    """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before.
+
+    `warnings` says what of the disk failed on the way; none of it changes an answer.
+    """
+
+    engine: Engine
+    state: KVState  # of one row
+    ids: list[int]
+    computed: int = 0
+    reused: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def table(self) -> BlockTable:
+        return self.state.tables[0]
+
+    def fork(self) -> Context:
+        """The same past, to go on from in another way: no page is copied until one of the two writes to
+        it.
+        """
+        with self.engine.lock:
+            state = self.state.fork()
+        return Context(self.engine, state, list(self.ids), reused=len(self.ids))
+
+    def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
+        """Append tokens; returns the hidden state of the last, `[H]`.
+
+        They ask about what was read, or answer, rather than being part of it, which sparse methods
+        distinguish. None if `cancelled` was set before the end; then `ids` says how far it came. Raises
+        ModelError: overflow beyond the model's window, out_of_memory before anything of a piece is computed.
+        """
+        self.engine.fits(len(self.ids) + len(ids))
+        hidden = None
+        for start in range(0, len(ids), self.engine.chunk):
+            if cancelled is not None and cancelled.is_set():
+                return None
+            piece = list(ids[start : start + self.engine.chunk])
+            hidden = self.engine.step([self], torch.tensor([piece]))[0, -1]
+            self.ids += piece
+            self.computed += len(piece)
+        return hidden
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first `tokens`."""
+        with self.engine.lock:
+            self.state.crop(len(self.ids) - tokens)
+        del self.ids[tokens:]
+
+    def close(self) -> None:
+        """Let go of the pages."""
+        with self.engine.lock:
+            self.state.close()
+
+
+class Engine:
+    """One model and the KV of all that it has read. Safe for several threads: one pass at a time."""
+
+    def __init__(
+        self,
+        body: Body,
+        *,
+        fingerprint: str,
+        memory_bytes: int,
+        method: Dense | None = None,
+        store: BlockStore | None = None,
+        chunk: int = CHUNK,
+    ) -> None:
+        self.body = body
+        self.method = method or Dense()
+        self.chunk = -(-chunk // self.method.grid) * self.method.grid
+        self.pool = PagePool(body.shape, budget=memory_bytes)
+        self.prefixes = PrefixIndex(self.pool)
+        self.store = store
+        self.lock = threading.RLock()
+        self.root = _named_after(fingerprint, self.method.writes)
+        self.identity = _named_after(fingerprint, "" if self.method == Dense() else repr(self.method))
+
+    def fits(self, tokens: int) -> None:
+        """Raise ModelError (overflow) beyond the window."""
+        if tokens > self.body.window and not self.method.endless:
+            raise ModelError(
+                f"{tokens:,} tokens exceed the model's window of {self.body.window:,}",
+                code="overflow",
+                hint="split the text, or choose a model with a larger window",
+            )
+
+    def read(
+        self,
+        ids: Sequence[int],
+        *,
+        keep: bool = False,
+        cancelled: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Context:
+        """Hold all of `ids`; with `keep`, on disk as well. Computes only what is held nowhere.
+
+        A cancelled read returns what it has; what it computed is not lost, and reading again continues there.
+        `progress` is told the tokens held and wanted.
+        """
+        self.fits(len(ids))
+        context = self._known(ids, self._named(ids))
+        with _closed_if_it_fails([context]):
+            self._continue(context, ids, keep, cancelled, progress)
+        return context
+
+    def read_all(
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        keep: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> list[Context]:
+        """Hold several texts. Short ones are computed together, as many as fill a pass; one after another
+        else.
+
+        A cancelled call returns contexts that may lack tokens, as `read` does.
+        """
+        found: list[Context] = []
+        fresh: list[int] = []  # texts of which nothing is held, and that one pass can take whole
+        with _closed_if_it_fails(found):
+            for index, ids in enumerate(texts):
+                self.fits(len(ids))
+                found.append(context := self._known(ids, self._named(ids)))
+                if not context.ids and len(ids) <= CHUNK:
+                    fresh.append(index)
+                else:
+                    self._continue(context, ids, keep, cancelled)
+            fresh.sort(key=lambda index: len(texts[index]))
+            while fresh and not (cancelled is not None and cancelled.is_set()):
+                rows = max(1, TOGETHER // max(1, len(texts[fresh[-1]])))
+                batch, fresh = fresh[-rows:], fresh[:-rows]
+                self._read_together(
+                    [found[index] for index in batch], [texts[index] for index in batch], keep
+                )
+        return found
+
+    def begin(
+        self, ids: Sequence[int], *, keep: bool = False, cancelled: threading.Event | None = None
+    ) -> tuple[Context, Tensor | None]:
+        """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
+
+        With `keep`, its full blocks go to the disk; the open one at its end is no beginning of other prompts.
+        Under a method that changes what is stored, the end of the prompt asks and the rest is read.
+        """
+        self.fits(len(ids))
+        grid = self.method.grid
+        read = max(0, len(ids) - ASKED) // grid * grid if self.method.writes else len(ids)
+        named = self._named(ids[:read])
+        if named and named[-1].end % PAGE_TOKENS:
+            named.pop()
+        context = self._known(ids[:-1], named)
+        with _closed_if_it_fails([context]):
+            at = len(context.ids)
+            hidden = context.feed(ids[at:read], cancelled=cancelled)
+            self._remember(context, named, at, keep)
+            context.state.reading = False
+            if read < len(ids):
+                hidden = context.feed(ids[read:], cancelled=cancelled)
+        return context, hidden
+
+    def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
+        """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
+
+        `pads`: for each row, how many columns on the left are padding; only for contexts that are empty.
+        """
+        with self.lock, torch.inference_mode():
+            if len(contexts) == 1 and not pads:
+                return self.body.forward(ids, contexts[0].state)
+            tables = [context.table for context in contexts]
+            padding = pads or [0] * len(tables)
+            shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
+            first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
+            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes)
+            hidden = self.body.forward(ids, state)
+            for context in contexts:
+                context.state.settle()
+            return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 `[..., V]`."""
+        with self.lock, torch.inference_mode():
+            return self.body.logits(hidden).float()
+
+    def _continue(
+        self,
+        context: Context,
+        ids: Sequence[int],
+        keep: bool,
+        cancelled: threading.Event | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read on where `context` ends."""
+        named = self._named(ids)
+        while (at := len(context.ids)) < len(ids):
+            if context.feed(ids[at : at + self.chunk], cancelled=cancelled) is None:
+                return
+            self._remember(context, named, at, keep)
+            if progress:
+                progress(len(context.ids), len(ids))
+        context.state.reading = False
+
+    def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: bool) -> None:
+        """One pass over whole texts, padded on the left."""
+        width = max(map(len, texts))
+        pads = [width - len(ids) for ids in texts]
+        padded = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(pads, texts, strict=True)])
+        self.step(contexts, padded, pads)
+        for context, ids in zip(contexts, texts, strict=True):
+            context.ids[:] = ids
+            context.state.reading = False
+            context.computed = len(ids)
+            self._remember(context, self._named(ids), 0, keep)
+
+    def _named(self, ids: Sequence[int]) -> list[Block]:
+        return list(blocks(ids, self.root, self.method.grid))
+
+    def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
+        """What is held of the beginning of `ids`, in memory or on disk."""
+        warnings: list[str] = []
+        with self.lock:
+            table, held = BlockTable(self.pool), 0
+            try:
+                for block in named:
+                    if block.end > len(ids):
+                        break
+                    page = self.prefixes.get(block.name)
+                    if page is None:
+                        page = self._load(block, warnings)
+                    if page is None:
+                        break
+                    table.append(page, block.end)
+                    held = block.end
+            except BaseException:
+                table.close()
+                raise
+            if held < len(ids) and held % self.method.grid:
+                held -= held % self.method.grid
+                table.crop(held)
+            self._used([block.name for block in named if block.end <= held])
+            state = KVState(self.pool, [table], self.method, [held], reading=True)
+            return Context(self, state, list(ids[:held]), reused=held, warnings=warnings)
+
+    def _load(self, block: Block, warnings: list[str]) -> int | None:
+        """A page with a block from the disk; the index holds it."""
+        if self.store is None:
+            return None
+        try:
+            found = self.store.get(block.name, self.body.shape.dtype)
+        except StoreError as error:
+            if error.code != "corrupt":
+                raise
+            warnings.append(f"{error.message}; it is computed again")
+            return None
+        if found is None:
+            return None
+        (page,) = self.pool.take(1)
+        self.pool.write(page, *found)
+        self.prefixes.add([block], [page])
+        self.pool.release([page])
+        return page
+
+    def _remember(self, context: Context, named: Sequence[Block], before: int, keep: bool) -> None:
+        """Index the blocks that were computed after the first `before` tokens; with `keep`, write them."""
+        held = [block for block in named if block.end <= len(context.ids)]
+        fresh = [block for block in held if block.end > before]
+        with self.lock:
+            pages = [context.table.pages[block.start // PAGE_TOKENS] for block in fresh]
+            self.prefixes.add(fresh, pages)
+            if keep and self.store is not None:
+                try:
+                    for block, page in zip(fresh, pages, strict=True):
+                        self.store.put(block.name, *self.pool.read(page, block.end - block.start))
+                except StoreError as error:  # the answer does not depend on it
+                    context.warnings.append(f"{error.message}; the text will be read again next time")
+            self._used([block.name for block in held])
+
+    def _used(self, names: Sequence[str]) -> None:
+        self.prefixes.used(names)
+        if self.store is not None:
+            self.store.used(names)
+
+
+@contextmanager
+def _closed_if_it_fails(contexts: list[Context]) -> Iterator[None]:
+    """Who gets an error gets no context to close."""
+    try:
+        yield
+    except BaseException:
+        for context in contexts:
+            context.close()
+        raise
+
+
+def _named_after(fingerprint: str, method: str) -> str:
+    """A fingerprint that changes with what a method does; plain without one."""
+    return hashlib.sha256(f"{fingerprint} {method}".encode()).hexdigest() if method else fingerprint

@@ -1,0 +1,37 @@
+"""Exact attention over all that is stored: what every other method is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from agentctx.kernels.records import Attention
+from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.runtime.layer import LayerKV
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The base of every method."""
+
+    name: ClassVar[str] = "dense"
+    endless: ClassVar[bool] = False  # no distance ever exceeds what the method names: texts may be longer
+
+    @property
+    def writes(self) -> str:
+        """What changes the stored keys and values; readings made under different values are never mixed.
+
+        Empty for methods that only ask differently: one reading serves them all.
+        """
+        return ""
+
+    @property
+    def grid(self) -> int:
+        """A text is read in pieces that end at multiples of so many tokens, or where it ends."""
+        return PAGE_TOKENS
+
+    def attend(self, q: Tensor, kv: LayerKV) -> Attention:
+        """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""
+        return kv.exact(q)

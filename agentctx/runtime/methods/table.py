@@ -1,0 +1,63 @@
+"""The attention methods by name. A new one is a file and a line here; a class is imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from agentctx.memory.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agentctx.runtime.methods.dense import Dense
+
+METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "dense": "dense:Dense",
+        "quest": "quest:Quest",
+        "mean": "mean:Mean",
+        "adamas": "adamas:Adamas",
+        "streaming": "streaming:Streaming",
+        "lambda": "lminfinite:Lambda",
+        "triangle": "triangle:Triangle",
+        "blocktopk": "blocktopk:BlockTopK",
+        "flex": "flexprefill:FlexPrefill",
+    }
+)
+ANCHORS: Mapping[str, str] = MappingProxyType({"random": "random:Random"})  # to be beaten, not to be used
+AUTO = "dense"  # until the grid of qualities says where a sparse method loses nothing
+
+
+def place_of(text: str) -> str:
+    """Where the class of the method is that `text` begins with; imports nothing.
+
+    Raises ConfigError for an unknown name.
+    """
+    name = text.partition(":")[0]
+    place = METHODS.get(AUTO if text == "auto" else name) or ANCHORS.get(name)
+    if place is None:
+        raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(METHODS)}")
+    return place
+
+
+def method(text: str) -> Dense:
+    """The method that `NAME` or `NAME:key=value,key=value` describes; "auto" chooses.
+
+    Raises ConfigError for an unknown name or parameter, or a value out of range.
+    """
+    module, _, title = place_of(text).partition(":")
+    name, _, options = text.partition(":")
+    kind: type[Dense] = getattr(import_module(f"agentctx.runtime.methods.{module}"), title)
+    known: dict[str, Any] = {field.name: field.default for field in fields(kind)}
+    values: dict[str, float | str] = {}
+    for part in filter(None, options.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ConfigError(f"{name} has no parameter {key!r}", hint=f"known: {', '.join(known) or 'none'}")
+        try:
+            values[key] = type(known[key])(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {key} is {value!r}", hint=f"a number like {known[key]}") from error
+    return kind(**values)
