@@ -14,18 +14,10 @@ from agentctx.kernels.decode import dense_decode, sparse_decode
 from agentctx.kernels.prefill import dense_prefill, window_prefill
 from agentctx.kernels.records import Attention, BlockSelection, BlockSummary, KVPages
 from agentctx.runtime.notes import Notes
+from agentctx.runtime.rotation import Rotation
 
 DECODE_TOKENS = 8  # a step of so many new tokens or fewer is decoding
 DECODE_ROWS = 64  # rows that the decode kernels pack: new tokens times query heads of a KV head
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """How queries and keys were turned to their positions: the arguments of `kernels.rope`."""
-
-    inv_freq: Tensor
-    style: str = "half"
-    rotary_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from torch import Tensor
 from agentctx.kernels.rope import rope
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
-from agentctx.runtime.layer import Rotation, Scoring, with_sinks
+from agentctx.runtime.layer import Scoring, with_sinks
 from agentctx.runtime.linear import Linear
+from agentctx.runtime.rotation import Rotation
 from agentctx.runtime.state import KVState
 
 NEEDED = (

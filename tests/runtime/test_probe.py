@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from agentctx.runtime.hf.probe import Rotation, probe
+from agentctx.runtime.engine import Engine
+from agentctx.runtime.hf.body import HFBody
+from agentctx.runtime.hf.probe import probe
+from agentctx.runtime.llama import LlamaDecoder
+from agentctx.runtime.methods.table import method
+from agentctx.runtime.rotation import Rotation
 
 LAYOUTS = {
     "llama": [(16, "half")] * 2,
@@ -94,5 +99,22 @@ def test_learned_positions_are_not_a_rotation() -> None:
 
 def test_no_rotation_moves_nothing() -> None:
     keys = torch.randn(1, 2, 3, 8)
-    still = Rotation(0, "half", torch.zeros(0), 1.0)
+    still = Rotation(torch.zeros(0), rotary_dim=0)
     assert still.move(keys, torch.arange(3), torch.arange(3) + 9) is keys
+
+
+def test_a_method_that_moves_positions_runs_on_what_was_found() -> None:
+    """The same ids as the runtime's own decoder, which knows its rotation."""
+    model = tiny.tiny("Llama")
+    ids = torch.randint(2, 97, (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    tensors = {name: weight.clone() for name, weight in model.state_dict().items()}
+    own = LlamaDecoder(model.config.to_dict(), tensors, torch.float32)
+    found = []
+    for body in (own, HFBody(model)):
+        engine = Engine(
+            body, fingerprint="tiny", memory_bytes=16 << 20, method=method("streaming:window=100")
+        )
+        _, hidden = engine.begin(ids)
+        assert hidden is not None
+        found.append(engine.logits(hidden))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

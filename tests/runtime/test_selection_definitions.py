@@ -14,13 +14,14 @@ from agentctx.kernels.records import BlockSelection
 from agentctx.memory.kv.pool import KVShape, PagePool
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.guard import bracket, limit_of
-from agentctx.runtime.layer import LayerKV, Rotation, Scoring
+from agentctx.runtime.layer import LayerKV, Scoring
 from agentctx.runtime.methods.blocks import BestBlocks
 from agentctx.runtime.methods.lminfinite import Lambda
 from agentctx.runtime.methods.streaming import Streaming
 from agentctx.runtime.methods.table import method
 from agentctx.runtime.methods.triangle import Triangle
 from agentctx.runtime.notes import Notes
+from agentctx.runtime.rotation import Rotation
 
 SIZE = 32
 STEPS = 1.0 / 10000.0 ** (torch.arange(0, SIZE, 2).float() / SIZE)

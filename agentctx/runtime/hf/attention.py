@@ -81,8 +81,9 @@ def attention(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise _unsupported(f"a mask of shape {list(attention_mask.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scoring = Scoring(scale, softcap or 0.0, sliding_window, s_aux)
     layer = getattr(key, MARK, None)
+    rotation = layer.rotation if isinstance(layer, KVLayer) else None
+    scoring = Scoring(scale, softcap or 0.0, sliding_window, s_aux, rotation)
     if isinstance(layer, KVLayer):
         layer.pending = False
         state = layer.cache.rows(query.shape[0], attention_mask)

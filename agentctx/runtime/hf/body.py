@@ -14,6 +14,8 @@ from torch import Tensor
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.hf.adopt import refuse, take_over
 from agentctx.runtime.hf.cache import PagedCache
+from agentctx.runtime.hf.probe import probe
+from agentctx.runtime.rotation import Rotation
 from agentctx.runtime.state import KVState
 
 
@@ -36,11 +38,13 @@ class HFBody:
         )  # Cohere's name for it, and Granite's
         self._factor /= getattr(config, "logits_scaling", None) or 1.0
         self._head = model.get_output_embeddings()
+        self._found: tuple[Rotation | None, ...] | None = None
         take_over(self)
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """See `Body`."""
-        cache = PagedCache(state.pool, state=state)
+        rotations = self._rotations() if state.method.moves else ()
+        cache = PagedCache(state.pool, state=state, rotations=rotations)
         output = self.model.base_model(
             input_ids=ids.to(self.shape.device),
             position_ids=state.positions(ids.shape[1]),
@@ -50,6 +54,12 @@ class HFBody:
         cache.check()
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _rotations(self) -> tuple[Rotation | None, ...]:
+        """Those of the layers, found out when a method first needs them."""
+        if self._found is None:
+            self._found = probe(self.model, self.window)
+        return self._found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""

@@ -8,6 +8,7 @@ cache: the layer stays pending, and its next `update`, or the end of the step, r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.pool import PagePool
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.rotation import Rotation
 from agentctx.runtime.state import KVState
 
 MARK = "_agentctx_layer"
@@ -34,6 +36,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.cache = cache
         self.index = index
         self.pending = False
+
+    @property
+    def rotation(self) -> Rotation | None:
+        return self.cache.rotations[self.index] if self.cache.rotations else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the pool exists."""
@@ -61,13 +67,22 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class PagedCache(Cache):
     """A cache of pages for `generate` or a plain forward pass; rows are made at the first call.
 
-    `state` may be given to continue from what is stored. Not compileable.
+    `state` may be given to continue from what is stored; `rotations`, one for each layer, for methods that
+    move positions. Not compileable.
     """
 
-    def __init__(self, pool: PagePool, *, method: Dense | None = None, state: KVState | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        method: Dense | None = None,
+        state: KVState | None = None,
+        rotations: Sequence[Rotation | None] = (),
+    ) -> None:
         self.own = [KVLayer(self, index) for index in range(pool.shape.layers)]
         super().__init__(layers=list(self.own))
         self.pool = pool
+        self.rotations = rotations
         self.method = method or Dense()
         self.state = state
 

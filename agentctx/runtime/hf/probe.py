@@ -8,37 +8,18 @@ until one explains what is seen. Norms before the rotation, and factors on it, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from agentctx.kernels.rope import rope, rope_move
+from agentctx.kernels.rope import rope
+from agentctx.runtime.rotation import Rotation
 
 PLACES = (0, 1, 5, 131, 1000, 4001)  # the far ones tell slow channels apart; those within the window are used
 CLOSE = {torch.float32: 1e-4}  # of the largest channel
 ROUNDED_CLOSE = 2e-2  # in bfloat16 and float16
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """One layer's: the first `rotary_dim` channels turn, in pairs of a `style`, by `inv_freq`.
-
-    `rotary_dim` 0: the layer does not rotate. Keys carry the factor `scaling` already; moving them keeps it.
-    """
-
-    rotary_dim: int
-    style: str
-    inv_freq: Tensor
-    scaling: float
-
-    def move(self, keys: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """keys `[B, Hkv, T, D]` at positions `old` as they would be at `new`, both int `[T]` or `[B, T]`."""
-        if not self.rotary_dim:
-            return keys
-        return rope_move(keys, old, new, self.inv_freq, style=self.style, rotary_dim=self.rotary_dim)
 
 
 class _Recorder(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -107,12 +88,12 @@ def _explained(keys: Tensor | None, places: Tensor, tables: list[tuple[Tensor, f
         return float((guess.float() - found).abs().max()) <= limit
 
     if fits(first):
-        return Rotation(0, "half", keys.new_zeros(0, dtype=torch.float32), 1.0)
+        return Rotation(keys.new_zeros(0, dtype=torch.float32), rotary_dim=0)
     for inv_freq, scaling in tables:
         size = 2 * len(inv_freq)
         for style in ("half", "interleaved"):
             if size <= keys.shape[-1] and fits(
                 rope(first, places[:, None], inv_freq, style=style, rotary_dim=size)
             ):
-                return Rotation(size, style, inv_freq, scaling)
+                return Rotation(inv_freq, style, size, scaling)
     return None

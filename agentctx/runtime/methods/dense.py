@@ -17,6 +17,7 @@ class Dense:
     """The base of every method."""
 
     name: ClassVar[str] = "dense"
+    moves: ClassVar[bool] = False  # queries are turned to other positions: the layers' rotations are needed
     endless: ClassVar[bool] = False  # no distance ever exceeds what the method names: texts may be longer
 
     @property

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from agentctx.kernels.merge import merge_lse
 from agentctx.kernels.records import Attention, KVPages
-from agentctx.kernels.rope import rope_move
 from agentctx.kernels.store import unpack_pages
 from agentctx.kernels.tokens import pseudo_attention
 from agentctx.memory.errors import ConfigError, ModelError
@@ -36,6 +35,7 @@ class Streaming(Sparse):
     while_reading: ClassVar[bool] = True
     while_asking: ClassVar[bool] = True
     endless: ClassVar[bool] = True
+    moves: ClassVar[bool] = True
 
     sinks: int = 4
     window: int = 1020
@@ -70,14 +70,7 @@ def moved(x: Tensor, at: Tensor, to: int, kv: LayerKV) -> Tensor:
             code="unsupported",
             hint="choose dense, quest or mean",
         )
-    return rope_move(
-        x,
-        at,
-        torch.full_like(at, to),
-        rotation.inv_freq,
-        style=rotation.style,
-        rotary_dim=rotation.rotary_dim,
-    )
+    return rotation.move(x, at, torch.full_like(at, to))
 
 
 def first_tokens(kv: LayerKV, count: int) -> tuple[Tensor, Tensor]:
