@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -261,20 +262,24 @@ def test_what_is_listed_is_what_is_there_and_can_be_deleted(root: Path) -> None:
     assert Shelf(root, budget=0).held() == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Writes beyond 2 kB of a file fail, as on a full disk; Python ignores the signal."""
+    """Writes beyond 2 kB of a file fail, as on a full disk: only meanwhile, for pytest may write to a file
+    too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_a_write_that_fails_half_way_leaves_nothing(root: Path, small_files: None) -> None:
+def test_a_write_that_fails_half_way_leaves_nothing(root: Path) -> None:
     some = store(root)
-    with pytest.raises(StoreError, match=str(root)) as caught:
+    with pytest.raises(StoreError, match=str(root)) as caught, small_files():
         some.put("ab1", *drawn())
     assert caught.value.code == "unwritable"
     assert not files(root) and not list(root.glob("*/*/.*"))
