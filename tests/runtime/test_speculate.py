@@ -77,7 +77,7 @@ def test_a_perfect_draft_is_accepted_whole(tiny: LlamaDecoder) -> None:
 
 
 def test_a_sparse_draft_changes_nothing(tiny: LlamaDecoder) -> None:
-    sparse = Quest(budget=384, dense_layers=0, dense_below=0)
+    sparse = Quest(budget=448, dense_layers=0, dense_below=0)
     how = Speculation(sparse, pace=Always())
     assert drafted(engine_of(tiny), prompt(700), 200, how) == plainly(engine_of(tiny), prompt(700), 200)
     assert 0 < how.accepted_tokens <= how.draft_tokens
@@ -151,6 +151,6 @@ def test_drafts_are_as_long_as_they_pay() -> None:
 def test_the_real_model_says_the_same(embedded: Paths) -> None:
     body = LlamaDecoder.load(embedded.models / "smollm2/safetensors", torch.float32)
     ids = torch.randint(100, 40000, (600,), generator=torch.Generator().manual_seed(1)).tolist()
-    how = Speculation(Quest(budget=384, dense_below=0), pace=Always())
+    how = Speculation(Quest(budget=448, dense_below=0), pace=Always())
     assert drafted(engine_of(body), ids, 200, how) == plainly(engine_of(body), ids, 200)
     assert how.accepted_tokens > 0
