@@ -34,8 +34,8 @@ print("ready", flush=True)
 IMPORTS = """
 import gc
 gc.disable()
-import torch, transformers
-transformers.LlamaForCausalLM
+import torch
+from transformers import PreTrainedTokenizerFast
 print("ready", flush=True)
 """
 PAGES = 300_000  # characters

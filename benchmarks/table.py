@@ -85,7 +85,7 @@ def startup() -> list[str]:
         "| --- | --- |",
         f"| `agentctx --help` | {result['help']['median']:.2f} |",
         f"| the embedded model ready, warm | {result['warm_load']['median']:.1f} |",
-        f"| of that, importing torch and transformers | {result['imports_of_warm_load']['median']:.1f} |",
+        f"| of that, importing torch and the tokenizer | {result['imports_of_warm_load']['median']:.1f} |",
         f"| `agentctx ask` over 100 pages ({ask['tokens_of_the_document']:,} tokens), nothing cached | "
         f"{ask['median']:.1f} |",
         "",
