@@ -138,11 +138,11 @@ def test_a_key_is_never_shown_and_its_file_is_private(
     user_file(home, 'api_key = "sk-other"\n', 0o644)
     with pytest.raises(ConfigError, match="can be read by other users"):
         Settings.load({}, cwd=project)
-    user_file(home, "api_key = 12\n")
+    user_file(home, "api_key = 918273645\n")
     monkeypatch.delenv("AGENTCTX_API_KEY")
     with pytest.raises(ConfigError, match="api_key") as caught:
         Settings.load({}, cwd=project)
-    assert "12" not in str(caught.value)
+    assert "918273645" not in str(caught.value)
 
 
 def test_the_weights_that_generate_are_a_setting(project: Path) -> None:
