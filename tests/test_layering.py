@@ -29,6 +29,7 @@ RANKS = {
     "testing_endpoint": 1,
     "runs": 1,
     "session": 1,
+    "bench": 2,
     "api": 2,
     "settings": 2,
     "result": 2,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from agentctx.bench.tasks import REPLY, Item
 from agentctx.bench.texts import Text
 from agentctx.models.weights import Weights
 from agentctx.runtime.engine import ASKED, Context, Engine
+from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.methods.sparse import Sparse
 from agentctx.runtime.methods.table import method
 
 ROWS = 256  # positions that are turned into logits at a time
@@ -60,7 +62,7 @@ class Subject:
         self.attention = attention
         self.method = method(attention)
         engine = weights.engine
-        if self.method.writes:  # its readings are its own
+        if self.attention != "dense" and not _only_asks(self.method):  # its readings are its own
             engine = Engine(
                 engine.body,
                 fingerprint=weights.fingerprint,
@@ -111,17 +113,25 @@ class Subject:
         for start in range(0, len(targets), ROWS):
             rows = slice(start, min(start + ROWS, len(targets)))
             sums += self._compared(hidden[rows], expected.hidden[rows], targets[rows])
-        mean = [float(value) for value in sums / len(targets)]
+        agreement, kl, nll, dense_nll = (float(value) for value in sums / len(targets))
         return Agreement(
-            text.name, len(targets), *mean, taken if own else expected.read_cpu_s, asking
+            text=text.name,
+            positions=len(targets),
+            agreement=agreement,
+            kl=kl,
+            nll=nll,
+            dense_nll=dense_nll,
+            read_cpu_s=taken if own else expected.read_cpu_s,
+            ask_cpu_s=asking,
         )
 
     def bracket(self, text: Text) -> dict[str, float] | None:
-        """Bounds of the attention left out at the end of a text, means over its rows; None without a guard."""
+        """Bounds of the attention left out at a text's end, means over rows; None without a guard."""
         if not hasattr(self.method, "guard"):
             return None
         context = self.read(text.ids[:-GUARDED])
-        context.state.method = replace(self.method, guard="report")
+        join = "," if ":" in self.attention else ":"
+        context.state.method = method(f"{self.attention}{join}guard=report")
         self.ask(context, text.ids[-GUARDED:])
         seen = context.state.notes[0].coverage
         context.close()
@@ -161,7 +171,11 @@ class Subject:
 
 
 def measured(
-    weights: Weights, attention: str, texts: Sequence[Text], expected: Sequence[Expected], tasks: Sequence[Item]
+    weights: Weights,
+    attention: str,
+    texts: Sequence[Text],
+    expected: Sequence[Expected],
+    tasks: Sequence[Item],
 ) -> dict[str, Any]:
     """All that is known of a method over these texts and tasks; `texts` or `tasks` may be empty."""
     forget_peak()
@@ -178,6 +192,11 @@ def measured(
             for item in tasks
         ]
     return found | {"seconds": round(time.monotonic() - began, 1), "peak_mib": peak_mib()}
+
+
+def _only_asks(chosen: Dense) -> bool:
+    """Whether the method goes over a dense reading, so that one serves all of its kind."""
+    return isinstance(chosen, Sparse) and chosen.while_asking and not chosen.while_reading
 
 
 def _parts(text: Text) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,12 @@ class Length:
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def quick(window: int, methods: Sequence[str]) -> Plan:
+    """All that there is to measure, once, on little text."""
+    length = min(window, 1024)
+    return Plan(methods, [length // 2], [length], texts=2, items=2)
+
+
 def run(weights: Weights, plan: Plan, path: Path, say: Say) -> dict[str, Any]:
     """Measure every cell that `path` lacks, write it after each, and return the whole grid.
 
@@ -74,7 +80,7 @@ def run(weights: Weights, plan: Plan, path: Path, say: Say) -> dict[str, Any]:
     this = environment() | {"model": weights.name, "fingerprint": weights.fingerprint}
     known = {record["key"] for record in grid["cells"]}
     subjects: dict[int, Length] = {}
-    for cell in _possible(weights, plan, say):
+    for cell in cells(plan.methods, plan.budgets, sorted(set(plan.lengths))):
         if cell.length not in subjects:
             subjects = {cell.length: _subject(weights, plan, cell.length)}  # readings of the others can go
         length = subjects[cell.length]
@@ -107,7 +113,9 @@ def load(path: Path) -> dict[str, Any]:
         grid: dict[str, Any] = json.loads(path.read_bytes())
         schema = grid["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a grid", code="corrupt", hint="remove it, or choose --out") from error
+        raise StoreError(
+            f"{path} is not a grid", code="corrupt", hint="remove it, or choose --out"
+        ) from error
     if schema != SCHEMA:
         raise StoreError(
             f"{path} is a grid of version {schema}, this is {SCHEMA}", code="version", hint="choose --out"
@@ -128,24 +136,14 @@ def line(record: dict[str, Any]) -> str:
     return f"{said}  {record['seconds']:.0f} s"
 
 
-def _possible(weights: Weights, plan: Plan, say: Say) -> Iterator[Cell]:
-    """The cells that dense attention can be compared at."""
-    window = weights.context
-    for length in sorted(set(plan.lengths)):
-        if length > window:
-            say(f"{length:6} left out: the model's window is {window:,} tokens, dense attention ends there")
-    yield from cells(
-        plan.methods, plan.budgets, [length for length in sorted(set(plan.lengths)) if length <= window]
-    )
-
-
 def _subject(weights: Weights, plan: Plan, length: int) -> Length:
     tokenizer = weights.tokenizer
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    texts = collect(plan.data, tokenizer, length, plan.texts) if "agreement" in plan.tasks else []
+    compared = "agreement" in plan.tasks and length <= weights.context  # beyond it dense attention ends
+    texts = collect(plan.data, tokenizer, length, plan.texts) if compared else []
     tasks = items(plan.data, count, length, plan.items, plan.seed) if "ruler" in plan.tasks else []
     return Length(texts, tasks)
 
@@ -162,7 +160,7 @@ def _measure(weights: Weights, cell: Cell, length: Length) -> dict[str, Any]:
     try:
         found = measured(weights, cell.attention, length.texts, length.expected, length.tasks)
     except (ConfigError, ModelError) as error:
-        if isinstance(error, ModelError) and error.code != "unsupported":
+        if isinstance(error, ModelError) and error.code not in ("unsupported", "overflow"):
             raise
         return {"refused": error.message}
     return found | summary(found)

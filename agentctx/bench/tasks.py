@@ -9,19 +9,44 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 Count = Callable[[str], int]
 REPLY = 48  # tokens of a reply, unless its answers are longer
 KEYS = 8
-_PLACES = "harbour mill quarry chapel orchard foundry lighthouse market tannery bridge archive stable".split()
-_PEOPLE = "baker clerk pilot mason weaver doctor farmer sailor teacher painter miner gardener".split()
-_DEEDS = "visited left described painted measured bought guarded passed".split()
-_KINDS = "old grey narrow quiet distant crooked wooden damp famous empty".split()
+_PLACES = (
+    "harbour",
+    "mill",
+    "quarry",
+    "chapel",
+    "orchard",
+    "foundry",
+    "lighthouse",
+    "market",
+    "tannery",
+    "bridge",
+    "archive",
+    "stable",
+)
+_PEOPLE = (
+    "baker",
+    "clerk",
+    "pilot",
+    "mason",
+    "weaver",
+    "doctor",
+    "farmer",
+    "sailor",
+    "teacher",
+    "painter",
+    "miner",
+    "gardener",
+)
+_DEEDS = ("visited", "left", "described", "painted", "measured", "bought", "guarded", "passed")
+_KINDS = ("old", "grey", "narrow", "quiet", "distant", "crooked", "wooden", "damp", "famous", "empty")
 
 
 @dataclass(frozen=True, slots=True)

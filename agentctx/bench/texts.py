@@ -26,7 +26,9 @@ class Text:
     ids: tuple[int, ...]
 
 
-def collect(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Text]:
+def collect(
+    folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> list[Text]:
     """`count` texts of `length` tokens, from as many folders as there are. None given: this package's code.
 
     Raises InputError (not_found) where no file is that long.
@@ -42,11 +44,9 @@ def collect(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length:
     return found
 
 
-def _long_enough(
-    folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int
-) -> Iterator[Text]:
-    sources = ((str(path), _beginning(path, length)) for path in _files(folders)) if folders else [_own_code()]
-    for name, text in sources:
+def _long_enough(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Text]:
+    written = ((str(path), _beginning(path, length)) for path in _files(folders))
+    for name, text in written if folders else [_own_code()]:
         if len(text) < length:
             continue
         ids: list[int] = tokenizer(text, verbose=False).input_ids

@@ -14,6 +14,7 @@ from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry, Linears
 from agentctx.paths import KV_BYTES, Paths
+from agentctx.runtime.methods.auto import automatic
 from agentctx.runtime.methods.table import place_of
 from agentctx.workflows.profile import ModelProfile
 
@@ -126,7 +127,7 @@ def _open_folder(
             folder,
             name=name,
             verify=manifest,
-            attention=how.attention,
+            attention=automatic(entry.name) if entry and how.attention == "auto" else how.attention,
             linears=how.linears,
             measured=entry.linears if entry else "bf16",
             gguf=gguf,

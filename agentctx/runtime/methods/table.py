@@ -27,7 +27,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
     }
 )
 ANCHORS: Mapping[str, str] = MappingProxyType({"random": "random:Random"})  # to be beaten, not to be used
-AUTO = "dense"  # until the grid of qualities says where a sparse method loses nothing
+AUTO = "dense"  # for a model that no grid says more of, see `auto.py`
 
 
 def place_of(text: str) -> str:
