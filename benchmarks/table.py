@@ -1,4 +1,4 @@
-"""Write the README's table of figures from the JSON files under `benchmarks/results/`.
+"""Write the README's tables of figures from the JSON files under `benchmarks/results/`.
 
 python benchmarks/table.py           writes it
 python benchmarks/table.py --check   fails if the README says anything else
@@ -13,7 +13,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-START, END = "<!-- figures: benchmarks/table.py -->\n", "<!-- end of figures -->\n"
+MARKS = {
+    "figures": ("<!-- figures: benchmarks/table.py -->\n", "<!-- end of figures -->\n"),
+    "attention": ("<!-- attention: benchmarks/table.py -->\n", "<!-- end of attention -->\n"),
+}
+BUDGET = 1024  # tokens, of the methods in the README; the grid has more
+AUTO = ROOT / "agentctx/runtime/methods/auto.json"
 COMMANDS = {
     "finding": "python benchmarks/finding.py DATA",
     "answering": "python benchmarks/answering.py DATA",
@@ -93,18 +98,51 @@ def startup() -> list[str]:
     ]
 
 
-def table() -> str:
+def attention() -> str:
+    grid = load("grid")
+    cells = [cell for cell in grid["cells"] if "score" in cell]
+    lengths = sorted({cell["length"] for cell in cells})
+    dense = [cell for cell in cells if cell["method"] == "dense"]
+    sized = [cell for cell in cells if cell["budget"] == BUDGET]
+    ways = dict.fromkeys(cell["attention"] for cell in [*dense, *sized])
+    found = {(cell["attention"], cell["length"]): cell for cell in cells}
+    lines = [
+        f"| same next token as dense, rise of the loss, tasks | {' | '.join(f'{x:,} tokens' for x in lengths)} |",
+        "| --- |" + " --- |" * len(lengths),
+    ]
+    for way in ways:
+        row = [quality(found[way, length]) if (way, length) in found else "" for length in lengths]
+        lines.append(f"| `{way}` | {' | '.join(row)} |")
+    models = json.loads(AUTO.read_text())
+    chosen = "; ".join(f"`{row['attention']}` for {model}" for model, row in models.items())
+    texts, tasks = (len(dense[0][name]) for name in ("texts", "tasks"))
+    lines += [
+        "",
+        f"{texts} texts and {tasks} tasks a cell. `auto` is {chosen}. `agentctx bench attention --data DIR`, "
+        "`agentctx bench auto GRID`",
+    ]
+    return "\n".join(lines)
+
+
+def quality(cell: Any) -> str:
+    same = interval(*(cell["agreement"][key] for key in ("mean", "low", "high")), digits=3)
+    return f"{same}, {cell['nll_rise']['mean']:+.1%}, {cell['score']['mean']:.2f}"
+
+
+def figures() -> str:
     parts = []
     for name, lines in (("finding", finding()), ("answering", answering()), ("startup", startup())):
         parts.append("\n".join([*lines, "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
-    return START + "\n" + "\n".join(parts) + "\n" + END
+    return "\n".join(parts)
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    written = before + table() + after
+    written = text = README.read_text(encoding="utf-8")
+    for name, block in (("figures", figures()), ("attention", attention() + "\n")):
+        start, end = MARKS[name]
+        before, rest = written.split(start)
+        _, after = rest.split(end)
+        written = f"{before}{start}\n{block}\n{end}{after}"
     if "--check" in sys.argv:
         sys.exit(written != text and "README.md is behind benchmarks/results; run python benchmarks/table.py")
     README.write_text(written, encoding="utf-8")

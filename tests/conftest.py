@@ -4,6 +4,7 @@ and the embedded one.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,24 @@ def tiny_model(kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with four layers: methods are dense in the first two."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("deep") / "model")
+    config: Any = LlamaConfig.from_pretrained(tiny_model)
+    config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():  # attention that prefers some keys
+        if "proj" in name:
+            weight.data.mul_(8)
+    model.save_pretrained(folder)
     return folder
 
 
