@@ -52,7 +52,7 @@ class Expected:
 
 
 class Subject:
-    """A model with an attention method, over the readings of `engine`, which is dense, where it can be.
+    """A model with an attention method: over the dense readings of `weights` where it only asks differently.
 
     Raises ConfigError for a method that there is not, or that the budget does not suit.
     """
@@ -62,7 +62,8 @@ class Subject:
         self.attention = attention
         self.method = method(attention)
         engine = weights.engine
-        if self.attention != "dense" and not _only_asks(self.method):  # its readings are its own
+        self.shared = attention == "dense" or _only_asks(self.method)
+        if not self.shared:
             engine = Engine(
                 engine.body,
                 fingerprint=weights.fingerprint,
@@ -102,7 +103,6 @@ class Subject:
         began = time.process_time()
         context = self.read(read)
         taken = time.process_time() - began
-        own = context.computed > 0
         began = time.process_time()
         hidden = self.ask(context, asked)
         asking = time.process_time() - began
@@ -120,7 +120,7 @@ class Subject:
             kl=kl,
             nll=nll,
             dense_nll=dense_nll,
-            read_cpu_s=taken if own else expected.read_cpu_s,
+            read_cpu_s=expected.read_cpu_s if self.shared else taken,
             ask_cpu_s=asking,
         )
 

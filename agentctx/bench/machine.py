@@ -66,7 +66,7 @@ def _version(name: str) -> str:
 
 
 def load() -> float:
-    """Processes that want to run, the mean of the last minute: above the threads in use, times are not good."""
+    """Processes that want to run, the mean of a minute: above the threads in use, times mean less."""
     return round(os.getloadavg()[0], 2)
 
 

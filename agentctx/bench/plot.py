@@ -22,11 +22,11 @@ def check() -> None:
 
 
 def grid(report: dict[str, Any], path: Path) -> None:
-    """Agreement by budget, a panel for each length, a line for each method."""
+    """Agreement by budget, a panel for each length, a line for each method; empty where nothing agrees."""
     found = [cell for cell in report["cells"] if "agreement" in cell and cell["budget"] is not None]
     lengths = sorted({cell["length"] for cell in found})
     figure, panels = _panels(len(lengths))
-    for length, axes in zip(lengths, panels, strict=True):
+    for length, axes in zip(lengths, panels, strict=False):
         here = [cell for cell in found if cell["length"] == length]
         for name in sorted({cell["method"] for cell in here}):
             look = {"label": name, "ls": "--" if name == "random" else "-", "marker": "o", "ms": 3}
@@ -39,7 +39,8 @@ def grid(report: dict[str, Any], path: Path) -> None:
         axes.set(title=f"{length:,} tokens", xlabel="budget, tokens", xscale="log")
         axes.set_xticks(ticks := sorted({cell["budget"] for cell in here}), [f"{tick}" for tick in ticks])
     panels[0].set_ylabel("same next token as dense")
-    panels[-1].legend(fontsize=7)
+    if found:
+        panels[-1].legend(fontsize=7)
     _write(figure, path)
 
 

@@ -52,7 +52,7 @@ class Plan:
 
 
 def run(plan: Plan, out: Path, say: Say) -> tuple[Path, dict[str, Any]]:
-    """Time what the report of today in `out` lacks; it is written after each part. Returns it and its place."""
+    """Time what today's report in `out` lacks; it is written after each part. Returns its place and it."""
     torch.set_num_threads(plan.threads)
     report = environment() | {"model": plan.model, "dtype": plan.dtype}
     path = out / _name(report)
@@ -136,7 +136,7 @@ class Contest:
         for name in times.keys() - set(PEERS):
             attention, _, linears = name.partition("/")
             for peer in times.keys() & set(PEERS):
-                record = {
+                record: dict[str, Any] = {
                     "operation": operation,
                     "shape": {"tokens": tokens},
                     "dtype": self.plan.dtype,
