@@ -21,25 +21,26 @@ Record = dict[str, Any]
 
 
 def chosen(grid: dict[str, Any]) -> dict[str, Any]:
-    """By the name of a model: its `attention`, the fingerprint, and what qualifies at each length."""
+    """By the name of a model: its `attention`, the fingerprint, and what qualifies at each length.
+
+    Where a model was measured as several files or by several loaders, the last counts.
+    """
     table: dict[str, Any] = {}
-    for run in grid["runs"]:
-        records = [cell for cell in grid["cells"] if grid["runs"][cell["run"]]["model"] == run["model"]]
-        if not records:
-            continue
+    for name, fingerprint in {run["model"]: run["fingerprint"] for run in grid["runs"]}.items():
+        own = [cell for cell in grid["cells"] if grid["runs"][cell["run"]]["fingerprint"] == fingerprint]
+        records = {(cell["attention"], cell["length"]): cell for cell in own}.values()  # the latest of each
         dense = {
             cell["length"]: cell for cell in records if cell["method"] == "dense" and "agreement" in cell
         }
         passed = [cell for cell in records if qualifies(cell, dense.get(cell["length"]))]
-        lengths = {
-            str(length): [cell["attention"] for cell in passed if cell["length"] == length]
-            for length in sorted(dense)
-        }
-        found = sorted(_candidates(passed, dense), key=lambda pair: pair[0])
-        table[run["model"]] = {
+        found = sorted(_candidates(passed, dense), key=lambda pair: pair[0]) if dense else []
+        table[name] = {
             "attention": found[0][1] if found else AUTO,
-            "fingerprint": run["fingerprint"],
-            "qualified": lengths,
+            "fingerprint": fingerprint,
+            "qualified": {
+                str(length): [cell["attention"] for cell in passed if cell["length"] == length]
+                for length in sorted(dense)
+            },
         }
     return table
 

@@ -241,6 +241,17 @@ def test_auto_is_the_cheapest_that_qualifies_at_the_long_end():
     assert choice(cell("streaming:window=1020", 8192)) == "dense", "cannot be dense below a length"
 
 
+def test_auto_follows_the_latest_weights_and_the_latest_figures():
+    quest = "quest:budget=1024,dense_below=0"
+    runs = [{"model": "m", "fingerprint": "old"}, {"model": "m", "fingerprint": "new"}]
+    dense = [cell("dense", 8192, cpu=2.0) | {"run": run} for run in (0, 1)]
+    old, new = cell(quest, 8192), cell(quest, 8192, agreement=0.5) | {"run": 1}
+    assert chosen({"runs": runs, "cells": [*dense, old, new]})["m"]["attention"] == "dense"
+    again = cell(quest, 8192) | {"run": 1}
+    found = chosen({"runs": runs, "cells": [*dense, old, new, again]})["m"]
+    assert found["attention"].startswith("quest") and found["fingerprint"] == "new"
+
+
 def test_the_methods_are_listed_with_what_they_declare(capsys):
     assert run(["bench", "attention", "--list"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
