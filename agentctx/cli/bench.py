@@ -94,8 +94,9 @@ def speed(
 ) -> None:
     """Prefill and decode beside transformers and llama.cpp, in turns; bytes, peak, and a reading reopened.
 
-    Alone on one core, the embedded model takes about 3 minutes at 1k and 2k together, 4 at 4k, 8 at 8k, 10
-    at 16k and 30 at 32k in bfloat16, twice that in float32. What is done is not done again on the same day.
+    Alone on one core, the embedded model takes about 1 minute at 1k, 1 at 2k, 2 at 4k, 4 at 8k, 4 at 16k, 11
+    at 32k and 2 for the rest in bfloat16, two to three times that in float32. What is done is not done again
+    on the same day.
     """
     from agentctx.bench import cells
     from agentctx.bench import plot as plots

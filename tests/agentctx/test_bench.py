@@ -18,6 +18,7 @@ from agentctx.bench.peers import Place
 from agentctx.bench.texts import collect
 from agentctx.cli.main import run
 from agentctx.memory.errors import ConfigError, InputError, StoreError
+from agentctx.models.load import open_model
 from agentctx.models.table import TABLE
 from agentctx.paths import Paths
 from agentctx.runtime.methods.auto import automatic
@@ -337,3 +338,17 @@ def test_plots_are_drawn(tmp_path):
     plot.speed(report, tmp_path / "speed.png")
     for path in (tmp_path / "new" / "grid.png", tmp_path / "speed.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+@pytest.mark.model
+def test_a_model_of_the_table_attends_as_the_table_says(embedded, monkeypatch):
+    monkeypatch.setattr(
+        "agentctx.models.load.automatic", lambda name: f"quest:budget=1024,dense_below={name!r}"
+    )
+    with pytest.raises(ConfigError, match="dense_below is \"'smollm2'\""):
+        open_model("smollm2", paths=embedded)
+    monkeypatch.setattr("agentctx.models.load.automatic", lambda name: "quest:budget=1024,dense_below=4096")
+    chosen_for_it = open_model("smollm2", paths=embedded, kv_bytes=0)
+    assert chosen_for_it.chat.weights.engine.method == method(said["smollm2"])
+    asked_for = open_model("smollm2", paths=embedded, attention="dense", kv_bytes=0)
+    assert asked_for.chat.weights.engine.method == method("dense")
