@@ -342,12 +342,8 @@ def test_plots_are_drawn(tmp_path):
 
 @pytest.mark.model
 def test_a_model_of_the_table_attends_as_the_table_says(embedded, monkeypatch):
-    monkeypatch.setattr(
-        "agentctx.models.load.automatic", lambda name: f"quest:budget=1024,dense_below={name!r}"
-    )
-    with pytest.raises(ConfigError, match="dense_below is \"'smollm2'\""):
-        open_model("smollm2", paths=embedded)
-    monkeypatch.setattr("agentctx.models.load.automatic", lambda name: "quest:budget=1024,dense_below=4096")
+    said = {"smollm2": "quest:budget=1024,dense_below=4096"}
+    monkeypatch.setattr("agentctx.models.load.automatic", said.__getitem__)
     chosen_for_it = open_model("smollm2", paths=embedded, kv_bytes=0)
     assert chosen_for_it.chat.weights.engine.method == method(said["smollm2"])
     asked_for = open_model("smollm2", paths=embedded, attention="dense", kv_bytes=0)
