@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from agentctx.memory.errors import InputError
+
 Count = Callable[[str], int]
 REPLY = 48  # tokens of a reply, unless its answers are longer
 KEYS = 8
@@ -82,14 +84,24 @@ def items(folders: Sequence[Path], count: Count, length: int, most: int, seed: i
 
 
 def _written(folders: Sequence[Path]) -> Iterator[Item]:
+    """Rows with `id`, `task`, `context`, `answers`, perhaps `answer_prefix`, and a `metric` of RULER."""
     for path in sorted(path for folder in folders for path in folder.rglob("*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
                 row = json.loads(line)
-                if str(row.get("metric", "")).startswith("string_match") and "context" in row:
-                    prompt = row["context"] + row.get("answer_prefix", "")
-                    every = not row["task"].startswith("qa")
-                    yield Item(row["id"], row["task"], prompt.rstrip(), tuple(row["answers"]), every)
+                if not str(row.get("metric", "")).startswith("string_match") or "context" not in row:
+                    continue
+                prompt = row["context"] + row.get("answer_prefix", "")
+                every = not row["task"].startswith("qa")
+                item = Item(row["id"], row["task"], prompt.rstrip(), tuple(row["answers"]), every)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{path}, line {number}, is no task: {error}",
+                    code="corrupt",
+                    source=str(path),
+                    hint="correct the line, or name another folder as --data",
+                ) from error
+            yield item
 
 
 def made(count: Count, length: int, each: int, seed: int = 0) -> Iterator[Item]:

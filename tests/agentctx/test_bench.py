@@ -206,6 +206,13 @@ def test_items_of_the_generator_are_taken_where_they_fit(tmp_path):
     }
 
 
+@pytest.mark.parametrize("line", ["{", "[]", '{"metric": "string_match_all", "context": "x", "task": "vt"}'])
+def test_a_damaged_line_of_tasks_is_named(tmp_path, line):
+    (tmp_path / "ruler.jsonl").write_text(f'{{"metric": "other"}}\n{line}')
+    with pytest.raises(InputError, match="line 2, is no task"):
+        tasks.items([tmp_path], len, 100, 1)
+
+
 def test_intervals_hold_the_mean_and_narrow_for_equal_rows():
     rows = [{"x": value} for value in (0.1, 0.2, 0.9)]
     found = grid.interval(rows, lambda some: some["x"].mean(-1))
