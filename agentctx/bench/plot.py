@@ -37,6 +37,7 @@ def grid(report: dict[str, Any], path: Path) -> None:
             axes.errorbar([cell["budget"] for cell in rows], means, [below, above], **look)
         axes.axhline(0.98, color="grey", lw=0.8)
         axes.set(title=f"{length:,} tokens", xlabel="budget, tokens", xscale="log")
+        axes.minorticks_off()
         axes.set_xticks(ticks := sorted({cell["budget"] for cell in here}), [f"{tick}" for tick in ticks])
     panels[0].set_ylabel("same next token as dense")
     if found:
@@ -60,7 +61,8 @@ def speed(report: dict[str, Any], path: Path) -> None:
             axes.plot(xs, [points[x] for x in xs], label=name, marker="o", ms=3)
         axes.set(title=operation, xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
         ticks = sorted({x for points in lines.values() for x in points})
-        axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks])
         axes.legend(fontsize=7)
     _write(figure, path)
 
