@@ -36,6 +36,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     depth: ClassVar[int] = 0  # levels of strategies inside this one
     kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
+    state: ClassVar[type[State]] = State  # of its graph; a strategy with keys of its own extends it
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -59,7 +60,7 @@ class Strategy(ABC):
             raise ConfigError("there is nothing to read: no document was opened")
         if scope.task.kind not in self.kinds:
             raise ConfigError(
-                f"{self.name} answers questions and cannot summarise",
+                f"{self.name} does not do the task {scope.task.kind}, only {', '.join(self.kinds)}",
                 hint="use --strategy recursive, or auto",
             )
         _check_question(scope)
@@ -74,7 +75,7 @@ class Strategy(ABC):
 
     def graph(self) -> Graph:
         """The whole graph, uncompiled; its runs take a `RunContext` as context."""
-        graph: Graph = StateGraph(State, RunContext, input_schema=Input, output_schema=Output)
+        graph: Graph = StateGraph(self.state, RunContext, input_schema=Input, output_schema=Output)
         add_node(graph, "plan", _plan)
         add_node(graph, "direct", _direct)
         add_node(graph, "verify", self._verify)

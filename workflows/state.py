@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
 
-TaskKind = Literal["search", "summarise"]
+TaskKind = Literal["search", "summarise", "classify", "aggregate", "pairwise", "multi_hop"]
 Part = Literal["all", "file", "chapter"]
 
 
@@ -18,6 +18,7 @@ class Task:
     question: str
     kind: TaskKind = "search"
     per: Part = "all"  # summaries: one for all, for each file, or for each chapter
+    labels: tuple[str, ...] = ()  # classify: the answers to choose from
 
 
 @dataclass(frozen=True, slots=True)

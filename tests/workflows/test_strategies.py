@@ -387,7 +387,7 @@ def test_a_depth_of_zero_refuses_strategies_that_nest():
 
 @pytest.mark.parametrize("strategy", QUESTIONS_ONLY)
 def test_what_only_answers_questions_refuses_a_summary(strategy):
-    with pytest.raises(ConfigError, match="cannot summarise"):
+    with pytest.raises(ConfigError, match="does not do the task summarise"):
         context(ScriptedChat(reply=finding(NEEDLE)), text=haystack(300)).summarize(strategy=strategy)
 
 
