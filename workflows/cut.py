@@ -44,21 +44,21 @@ class Cut:
         return [(scope.label(self.chunks[i].span), scope.text(self.chunks[i].span)) for i in read.chunks]
 
 
-def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
-    """Cut for `role` with chunks of at most `limit` tokens, or as large as the window allows.
+def cut(scope: Scope, role: Role, question: str, per: Part, limit: int | None = None, spare: int = 0) -> Cut:
+    """Cut for `role`, asked `question`, with chunks of at most `limit` tokens, or as the window allows.
 
-    A `limit` that is stated may pass the reliable window, never the context. Raises ConfigError if even the
-    smallest chunk does not fit.
+    A `limit` that is stated may pass the reliable window, never the context. `spare` tokens of every prompt
+    stay free. Raises ConfigError if even the smallest chunk does not fit.
     """
-    room = (scope.profile.context if limit else scope.profile.window) - role.max_output
-    empty = scope.prompt_tokens(role.render(scope.task.question, [], scope.tag))
+    room = (scope.profile.context if limit else scope.profile.window) - role.max_output - spare
+    empty = scope.prompt_tokens(role.render(question, [], scope.tag))
     label = max(
-        scope.prompt_tokens(role.render(scope.task.question, [(d.source, "")], scope.tag)) - empty
+        scope.prompt_tokens(role.render(question, [(d.source, "")], scope.tag)) - empty
         for d in scope.documents.values()
     )
     chunk_tokens = min(limit or room, room - empty - label)
     while chunk_tokens >= LEAST:
-        made = _cut(scope, role, per, chunk_tokens, label)
+        made = _cut(scope, role, question, per, chunk_tokens, label)
         if all(read.input_tokens <= room for read in made.reads):
             return made
         chunk_tokens = int(chunk_tokens * FINER)
@@ -69,7 +69,7 @@ def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
     )
 
 
-def _cut(scope: Scope, role: Role, per: Part, chunk_tokens: int, label: int) -> Cut:
+def _cut(scope: Scope, role: Role, question: str, per: Part, chunk_tokens: int, label: int) -> Cut:
     names: list[str] = []
     chunks: list[Chunk] = []
     reads: list[Read] = []
@@ -82,7 +82,7 @@ def _cut(scope: Scope, role: Role, per: Part, chunk_tokens: int, label: int) -> 
             indices = tuple(range(at, at + len(group)))
             at += len(group)
             pieces = [(scope.label(c.span), scope.text(c.span)) for c in group]
-            tokens = scope.prompt_tokens(role.render(scope.task.question, pieces, scope.tag))
+            tokens = scope.prompt_tokens(role.render(question, pieces, scope.tag))
             reads.append(Read(len(names), indices, tokens))
         names.append(name)
     return Cut(tuple(names), tuple(chunks), tuple(reads), chunk_tokens)

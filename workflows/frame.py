@@ -105,7 +105,7 @@ def _check_question(scope: Scope) -> None:
 
 def reads_directly(scope: Scope) -> bool:
     """True if one call can read everything, prompt and answer inside the reliable window."""
-    if scope.task.kind != "search":
+    if scope.task.kind not in ("search", "multi_hop"):
         return False
     if sum(len(d.text) for d in scope.documents.values()) > 16 * scope.profile.window:
         return False  # no tokenizer packs more than 16 characters into a token on average

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 TaskKind = Literal["search", "summarise", "classify", "aggregate", "pairwise", "multi_hop"]
 Part = Literal["all", "file", "chapter"]
+Operation = Literal["list", "count", "sum", "min", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Task:
     kind: TaskKind = "search"
     per: Part = "all"  # summaries: one for all, for each file, or for each chapter
     labels: tuple[str, ...] = ()  # classify: the answers to choose from
+    operation: Operation | None = None  # aggregate: what to do with the items; None: as the question says
 
 
 @dataclass(frozen=True, slots=True)
