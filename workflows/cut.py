@@ -7,15 +7,16 @@ is over the window, the whole input is cut finer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Chunk, Document, Span
+from agentctx.workflows.conclude import Covered
 from agentctx.workflows.roles import Role
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST, pack, split
-from agentctx.workflows.state import Part
+from agentctx.workflows.state import Part, State
 
 # A cut that does not fit is retried with chunks this much smaller.
 FINER = 0.85
@@ -42,6 +43,18 @@ class Cut:
     def pieces(self, scope: Scope, read: Read) -> list[tuple[str, str]]:
         """The (label, text) pieces that the call shows."""
         return [(scope.label(self.chunks[i].span), scope.text(self.chunks[i].span)) for i in read.chunks]
+
+    def covered(self, state: State) -> Covered:
+        """What became of the chunks: `reads` and `failures` of the state are by the number of the read."""
+
+        def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
+            return frozenset(i for n in numbers for i in self.reads[int(n)].chunks)
+
+        failures = {n: f["kind"] for n, f in state.get("failures", {}).items() if n.isdigit()}
+        failed = chunks_of(n for n, kind in failures.items() if kind not in ("cancelled", "budget"))
+        read = chunks_of(state.get("reads", {}))
+        left_out = state.get("not_forwarded", 0)
+        return Covered(self.chunks, read=read, failed=failed - read, not_forwarded=left_out)
 
 
 def cut(scope: Scope, role: Role, question: str, per: Part, limit: int | None = None, spare: int = 0) -> Cut:

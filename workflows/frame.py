@@ -21,13 +21,14 @@ from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Plan
 from agentctx.workflows.answering import answer_input, answer_pieces, direct_plan, whole_pieces
 from agentctx.workflows.conclude import Covered, conclude
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST
 from agentctx.workflows.state import Input, Output, State, TaskKind
 
 Graph = StateGraph[State, RunContext, Input, Output]
-Step = Callable[[RunContext, State], Awaitable[dict[str, Any]]]
+Step = Callable[[RunContext, Any], Awaitable[dict[str, Any]]]  # of the strategy's own state
 
 
 class Strategy(ABC):
@@ -49,6 +50,10 @@ class Strategy(ABC):
     @abstractmethod
     def covered(self, scope: Scope, state: State) -> Covered:
         """What the body read, by the chunks it works on."""
+
+    def needs(self, scope: Scope) -> Tier:
+        """What the model must be able to do for this to be worth its cost; below it a run says so."""
+        return "reads"
 
     def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
         """Evidence that a cancelled run has found, best first, without a further call."""
@@ -76,7 +81,7 @@ class Strategy(ABC):
     def graph(self) -> Graph:
         """The whole graph, uncompiled; its runs take a `RunContext` as context."""
         graph: Graph = StateGraph(self.state, RunContext, input_schema=Input, output_schema=Output)
-        add_node(graph, "plan", _plan)
+        add_node(graph, "plan", self._plan)
         add_node(graph, "direct", _direct)
         add_node(graph, "verify", self._verify)
         entry = self.body(graph)
@@ -85,6 +90,15 @@ class Strategy(ABC):
         graph.add_edge("direct", "verify")
         graph.add_edge("verify", END)
         return graph
+
+    async def _plan(self, run: RunContext, state: State) -> dict[str, Any]:
+        run.trace.emit("plan.made", plan=asdict(run.plan))
+        if reads_directly(run.scope):
+            return {"route": "direct"}
+        profile, needed = run.scope.profile, self.needs(run.scope)
+        if needed not in profile.tiers:
+            run.warn("below_tier", f"{self.name} needs a model that {needed}; {profile.name} is not known to")
+        return {"route": "body"}
 
     async def _verify(self, run: RunContext, state: State) -> dict[str, Any]:
         direct = state.get("route") == "direct"
@@ -132,7 +146,8 @@ def add_node(graph: Graph, name: str, step: Step) -> None:
             runtime.context.see(update)
             return update
 
-    graph.add_node(name, node)
+    # Without it LangGraph would give the node what its annotation names, and not the strategy's own keys.
+    graph.add_node(name, node, input_schema=graph.state_schema)
 
 
 def _route(entry: str) -> Callable[[State], str]:
@@ -140,11 +155,6 @@ def _route(entry: str) -> Callable[[State], str]:
         return "direct" if state.get("route") == "direct" else entry
 
     return route
-
-
-async def _plan(run: RunContext, state: State) -> dict[str, Any]:
-    run.trace.emit("plan.made", plan=asdict(run.plan))
-    return {"route": "direct" if reads_directly(run.scope) else "body"}
 
 
 async def _direct(run: RunContext, state: State) -> dict[str, Any]:

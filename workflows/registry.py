@@ -17,6 +17,7 @@ STRATEGIES = {
     "spans": "agentctx.workflows.strategies.spans:Spans",
     "lexical": "agentctx.workflows.strategies.lexical:Lexical",
     "map_reduce": "agentctx.workflows.strategies.map_reduce:MapReduce",
+    "fold": "agentctx.workflows.strategies.fold:Fold",
     "recursive": "agentctx.workflows.strategies.recursive:Recursive",
 }
 

@@ -32,7 +32,8 @@ class Record:
     data: dict[str, Any]
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What two nodes wrote under one key."""
     return {**old, **new}
 
 
@@ -54,8 +55,8 @@ class State(TypedDict, total=False):
 
     question: str
     sources: list[str]
-    reads: Annotated[dict[str, str], _merge]  # pack number -> record id
-    failures: Annotated[dict[str, dict[str, Any]], _merge]  # pack number -> Failure without text
+    reads: Annotated[dict[str, str], merged]  # pack number -> record id
+    failures: Annotated[dict[str, dict[str, Any]], merged]  # pack number -> Failure without text
     groups: list[list[str]]  # record ids that the next level of a reduce tree merges
     n_reads: int
     batch: list[int]  # [first, last + 1] of the read numbers that one Send carries

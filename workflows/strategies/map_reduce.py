@@ -11,7 +11,6 @@ one makes many times the calls it plans.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from agentctx.workflows.call import ask
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.cut import Cut, cut
 from agentctx.workflows.frame import Graph, Strategy, add_node
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Part, Record, State, TaskKind
@@ -63,6 +63,9 @@ class MapReduce(Strategy):
         """What the kind of task reads for."""
         return pipeline(scope.task.kind, self.fan_in, self.max_pairs)
 
+    def needs(self, scope: Scope) -> Tier:
+        return self.pipeline(scope).needs
+
     def cut(self, scope: Scope) -> Cut:
         kind = self.pipeline(scope)
         limit = self.chunk_tokens or (None if scope.profile.writes else GIST_TOKENS)
@@ -75,7 +78,6 @@ class MapReduce(Strategy):
 
     def body_plan(self, scope: Scope) -> Plan:
         kind = self.pipeline(scope)
-        kind.check(scope)
         made, role = self.cut(scope), kind.read_role(scope)
         inputs = [read.input_tokens for read in made.reads]
         finishing = [stage for stage in kind.stages(scope, made) if stage.cost.calls]
@@ -144,19 +146,7 @@ class MapReduce(Strategy):
         return self.pipeline(run.scope).salvage(run, state, self.cut(run.scope))
 
     def covered(self, scope: Scope, state: State) -> Covered:
-        made = self.cut(scope)
-
-        def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
-            return frozenset(i for n in numbers for i in made.reads[int(n)].chunks)
-
-        failures = {n: f["kind"] for n, f in state.get("failures", {}).items() if n.isdigit()}
-        failed = [n for n, kind in failures.items() if kind not in ("cancelled", "budget")]
-        return Covered(
-            made.chunks,
-            read=chunks_of(state.get("reads", {})),
-            failed=chunks_of(failed),
-            not_forwarded=state.get("not_forwarded", 0),
-        )
+        return self.cut(scope).covered(state)
 
 
 def _fan_out(state: State) -> list[Send]:

@@ -58,12 +58,9 @@ LABEL = Role(
 class Classify(Pipeline):
     """The answer's `value` holds the label, its lead as a share of all weight, and every label's weight."""
 
-    def check(self, scope: Scope) -> None:
-        super().check(scope)
+    def question(self, scope: Scope) -> str:
         if len({label.casefold() for label in scope.task.labels}) < 2:
             raise ConfigError("a classification needs at least two labels", hint="--label yes --label no")
-
-    def question(self, scope: Scope) -> str:
         return f"{scope.task.question}\nLabels: {'; '.join(scope.task.labels)}"
 
     def read_role(self, scope: Scope) -> Role:

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Stage
 from agentctx.workflows.cut import Cut
 from agentctx.workflows.notes import best_first, notes_of, spans_of
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -28,7 +28,7 @@ SHOWN = 3  # notes whose quotes are shown when no answer could be made of them
 class Pipeline(ABC):
     """`fan_in`: most results that one merge takes; `max_pairs`: most pairs that are compared."""
 
-    needs_writing: ClassVar[bool] = True  # JSON and copied quotes; a model that only reads cannot do it
+    needs: ClassVar[Tier] = "writes"  # JSON and copied quotes
     spare: ClassVar[int] = 0  # tokens that reads leave free for what is added to them later
 
     fan_in: int | None = None
@@ -46,16 +46,8 @@ class Pipeline(ABC):
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
         """Combine the reads; an update with `route` "finish" asks to be called once more."""
 
-    def check(self, scope: Scope) -> None:
-        """Raise ConfigError for a task or model that cannot be served."""
-        if self.needs_writing and not scope.profile.writes:
-            raise ConfigError(
-                f"{scope.profile.name} only reads: {scope.task.kind} needs a model that returns JSON",
-                hint="use a larger model, --model openai:NAME or a folder",
-            )
-
     def question(self, scope: Scope) -> str:
-        """What the reads are asked."""
+        """What the reads are asked. Raises ConfigError for a task that cannot be done as it stands."""
         return scope.task.question
 
     def visits(self, scope: Scope, made: Cut) -> int:

@@ -23,6 +23,7 @@ from agentctx.workflows.notes import (
     pieces_of,
     spans_of,
 )
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import READ, SHORT_ANSWER, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -34,7 +35,7 @@ from agentctx.workflows.tasks.pipeline import SHOWN, Pipeline
 class Search(Pipeline):
     """A model that only reads gives a short answer to each chunk, and the best one is taken as it is."""
 
-    needs_writing: ClassVar[bool] = False
+    needs: ClassVar[Tier] = "reads"
 
     def read_role(self, scope: Scope) -> Role:
         return scope.role(READ if scope.profile.writes else SHORT_ANSWER)

@@ -13,6 +13,7 @@ from agentctx.memory.types import Stage
 from agentctx.workflows import cost
 from agentctx.workflows.cut import Cut
 from agentctx.workflows.notes import merge_level, outline
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import GIST, MERGE, SUMMARISE, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -26,7 +27,7 @@ MOST = 64  # results in one merge
 class Summarise(Pipeline):
     """A model that only reads gives a sentence for each chunk; code keeps the most central ones."""
 
-    needs_writing: ClassVar[bool] = False
+    needs: ClassVar[Tier] = "reads"
 
     def read_role(self, scope: Scope) -> Role:
         return scope.role(SUMMARISE if scope.profile.writes else GIST)
