@@ -175,6 +175,8 @@ def finding(pattern: str) -> Reply:
         claims = [Claim(text=match[1], quotes=[match[0]]).model_dump() for match in matches][:8]
         if '"facts"' in system:
             return {"facts": claims, "confidence": 5 if claims else 0, "no_information": not claims}
+        if '"queries"' in system:
+            return {"queries": [], "give_up": not claims}
         if '"add"' in system:
             return {"add": claims, "complete": bool(claims)}
         if '"points"' in system:

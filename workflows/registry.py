@@ -17,6 +17,8 @@ STRATEGIES = {
     "spans": "agentctx.workflows.strategies.spans:Spans",
     "lexical": "agentctx.workflows.strategies.lexical:Lexical",
     "map_reduce": "agentctx.workflows.strategies.map_reduce:MapReduce",
+    "search": "agentctx.workflows.strategies.search:Search",
+    "agents": "agentctx.workflows.strategies.agents:Agents",
     "fold": "agentctx.workflows.strategies.fold:Fold",
     "recursive": "agentctx.workflows.strategies.recursive:Recursive",
 }

@@ -7,7 +7,6 @@ first reads: L again, and at most ⌈log₂ L⌉ + 1 answers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,8 @@ from agentctx.memory.types import Failure, Stage
 from agentctx.workflows import cost
 from agentctx.workflows.call import ask
 from agentctx.workflows.cut import Cut
-from agentctx.workflows.notes import Note, best_first, notes_of
+from agentctx.workflows.findings import LABEL, findings, room_for
+from agentctx.workflows.notes import best_first, notes_of
 from agentctx.workflows.roles import READ, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -24,14 +24,13 @@ from agentctx.workflows.tasks.pipeline import Pipeline
 from agentctx.workflows.tasks.search import answer_doubling, doubling_stage
 
 FINDINGS = 320  # tokens of what the first pass found, shown to each read of the second
-LABEL = "found elsewhere in the sources"
 
 
 @dataclass(frozen=True)
 class MultiHop(Pipeline):
     """Findings are words of the sources, so they are shown between delimiters like any text."""
 
-    spare: ClassVar[int] = FINDINGS * 5 // 4  # tokens of joined texts may exceed the sum of theirs
+    spare: ClassVar[int] = room_for(FINDINGS)
 
     def read_role(self, scope: Scope) -> Role:
         return scope.role(READ)
@@ -46,8 +45,8 @@ class MultiHop(Pipeline):
         first = best_first(notes_of(run, made, state.get("reads", {})))
         if not first:
             return await answer_doubling(run, first)
-        findings = _findings(run.scope, first)
-        results = await asyncio.gather(*(self._again(run, made, n, findings) for n in range(len(made.reads))))
+        found = findings(run.scope, self.read_role(run.scope), first, FINDINGS)
+        results = await asyncio.gather(*(self._again(run, made, n, found) for n in range(len(made.reads))))
         reads = {str(n): r.id for n, r in enumerate(results) if isinstance(r, Record)}
         failed = [result for result in results if isinstance(result, Failure)]
         update = await answer_doubling(run, best_first([*notes_of(run, made, reads), *first]))
@@ -55,29 +54,6 @@ class MultiHop(Pipeline):
             update["failures"] = {**update.get("failures", {}), "second": asdict(failed[0])}
         return update
 
-    async def _again(self, run: RunContext, made: Cut, number: int, findings: str) -> Record | Failure:
-        pieces = [(LABEL, findings), *made.pieces(run.scope, made.reads[number])]
+    async def _again(self, run: RunContext, made: Cut, number: int, found: str) -> Record | Failure:
+        pieces = [(LABEL, found), *made.pieces(run.scope, made.reads[number])]
         return await ask(run, self.read_role(run.scope), run.scope.task.question, pieces)
-
-
-def _findings(scope: Scope, notes: Sequence[Note]) -> str:
-    """The quotes of the best notes, as many whole ones as fit; of a single long one, its beginning."""
-    lines: list[str] = []
-    for note in notes:
-        for span in note.spans:
-            line = " ".join(scope.text(span).split())
-            if line in lines:
-                continue
-            if lines and _tokens(scope, [*lines, line]) > FINDINGS:
-                return "\n".join(lines)
-            lines.append(line)
-    while _tokens(scope, lines) > FINDINGS:
-        lines[-1] = lines[-1][: len(lines[-1]) * 3 // 4]
-    return "\n".join(lines)
-
-
-def _tokens(scope: Scope, lines: Sequence[str]) -> int:
-    """What the findings add to a prompt."""
-    role = scope.role(READ)
-    shown = role.render(scope.task.question, [(LABEL, "\n".join(lines))], scope.tag)
-    return scope.prompt_tokens(shown) - scope.prompt_tokens(role.render(scope.task.question, [], scope.tag))
