@@ -20,6 +20,7 @@ STRATEGIES = {
     "search": "agentctx.workflows.strategies.search:Search",
     "agents": "agentctx.workflows.strategies.agents:Agents",
     "fold": "agentctx.workflows.strategies.fold:Fold",
+    "gist": "agentctx.workflows.strategies.gist:Gist",
     "recursive": "agentctx.workflows.strategies.recursive:Recursive",
 }
 
