@@ -20,6 +20,8 @@ STRATEGIES = {
     "search": "agentctx.workflows.strategies.search:Search",
     "agents": "agentctx.workflows.strategies.agents:Agents",
     "fold": "agentctx.workflows.strategies.fold:Fold",
+    "continue": "agentctx.workflows.strategies.continuation:Continuation",
+    "experience": "agentctx.workflows.strategies.experience:Experience",
     "gist": "agentctx.workflows.strategies.gist:Gist",
     "recursive": "agentctx.workflows.strategies.recursive:Recursive",
 }
