@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from agentctx.asked import Kind, task_of
 from agentctx.blocking import blocking, blocking_iterator
 from agentctx.memory.blobs import Blobs
 from agentctx.memory.documents import Corpus, Selection
@@ -114,16 +115,20 @@ class Context:
         *,
         task: str = "ask",
         per: Part = "all",
+        kind: Kind = "search",
+        labels: Sequence[str] = (),
         strategy: str | Strategy = "auto",
         budget: Budget = UNLIMITED,
     ) -> Plan:
         """What `ask` (or, with `task="summarize"`, `summarize`) would cost at most. No model call is made."""
-        return _strategy(strategy).plan(self._scope(_task(question, task, per), budget))
+        return _strategy(strategy).plan(self._scope(task_of(question, task, per, kind, labels), budget))
 
     async def aask(
         self,
         question: str,
         *,
+        kind: Kind = "search",
+        labels: Sequence[str] = (),
         strategy: str | Strategy = "auto",
         budget: Budget = UNLIMITED,
         run_id: str | None = None,
@@ -132,10 +137,16 @@ class Context:
     ) -> Answer:
         """Answer a question from the documents, with citations checked by code.
 
+        `kind`: what sort of answer is wanted. "search" finds it in a part of the documents, "multi_hop" joins
+        facts from several; "classify" chooses one of `labels`; "aggregate" lists, counts, adds or compares
+        what all documents state; "pairwise" finds the pairs of things for which the question holds. The last
+        three put what was found in `Answer.value`.
+
         `strategy`: a name, or an object with its parameters, `Spans(candidates=100)`. Raises BudgetExceeded
         (with the partial answer) when a limit ends the run, ModelError if the model cannot be reached.
         """
-        return await self._start(_task(question, "ask"), strategy, budget, run_id, stop, on_event)
+        task = task_of(question, "ask", "all", kind, labels)
+        return await self._start(task, strategy, budget, run_id, stop, on_event)
 
     async def asummarize(
         self,
@@ -149,7 +160,7 @@ class Context:
         on_event: Listener | None = None,
     ) -> Answer:
         """Summarise all documents, each file, or each chapter; `focus` says what matters."""
-        return await self._start(_task(focus, "summarize", per), strategy, budget, run_id, stop, on_event)
+        return await self._start(task_of(focus, "summarize", per), strategy, budget, run_id, stop, on_event)
 
     async def astream(
         self, question: str, *, strategy: str | Strategy = "auto", budget: Budget = UNLIMITED
@@ -205,7 +216,7 @@ class Context:
             )
         model = open_model(**manifest["model"], paths=paths, offline=offline, progress=progress)
         context = cls(corpus, model, paths, manifest["model"])
-        task = Task(**manifest["task"])
+        task = Task(**{**manifest["task"], "labels": tuple(manifest["task"]["labels"])})
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         manifest["budget"] = asdict(budget) if budget else manifest["budget"]
         manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
@@ -302,16 +313,6 @@ class Context:
             cache.close()
             if runs:
                 runs.write(run_id, {**manifest, **status})
-
-
-def _task(question: str | None, task: str, per: Part = "all") -> Task:
-    if task not in ("ask", "summarize"):
-        raise ConfigError(f"there is no task {task!r}", hint="choose ask or summarize")
-    if task == "ask" and not (question or "").strip():
-        raise ConfigError("the question is empty")
-    if per not in ("all", "file", "chapter"):
-        raise ConfigError(f"there is no division per {per!r}", hint="choose all, file or chapter")
-    return Task((question or "").strip(), "search" if task == "ask" else "summarise", per)
 
 
 def _strategy(given: str | Strategy) -> Strategy:

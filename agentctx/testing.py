@@ -175,6 +175,21 @@ def finding(pattern: str) -> Reply:
         claims = [Claim(text=match[1], quotes=[match[0]]).model_dump() for match in matches][:8]
         if '"facts"' in system:
             return {"facts": claims, "confidence": 5 if claims else 0, "no_information": not claims}
+        if '"dead_ends"' in system:
+            return {"done": ["looked"], "findings": claims}
+        if '"tool"' in system:
+            if claims:
+                return {"answer": "; ".join(str(claim["text"]) for claim in claims), "claims": claims}
+            return {"tool": "grep", "arguments": {"text": "code of"}}
+        if '"gist"' in system:
+            return {"gist": "; ".join(str(claim["quotes"]) for claim in claims) or "nothing of note"}
+        if '"pages"' in system:
+            lines = [line for text in texts for line in text.splitlines() if re.search(pattern, line)]
+            return {"pages": [int(line.split()[1]) for line in lines if line.startswith("page ")][:12]}
+        if '"queries"' in system:
+            return {"queries": [], "give_up": not claims}
+        if '"add"' in system:
+            return {"add": claims, "complete": bool(claims)}
         if '"points"' in system:
             return {"points": claims, "no_information": not claims}
         if '"claims"' in system:

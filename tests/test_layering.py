@@ -19,6 +19,7 @@ FORBIDDEN = {
 RANKS = {
     "__init__": 0,
     "paths": 0,
+    "asked": 0,
     "blocking": 0,
     "privacy": 0,
     "secret": 0,

@@ -48,6 +48,13 @@ def test_the_method_table_is_that_of_the_registry() -> None:
     assert sorted(rows) == sorted(STRATEGIES)
 
 
+def test_the_table_of_kinds_is_that_of_the_tasks() -> None:
+    from agentctx.workflows.tasks.table import KINDS
+
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*`workflows/tasks/(\w+)\.py` \|$", README, re.MULTILINE)
+    assert dict(rows) == {name: place.partition(":")[0] for name, place in KINDS.items()}
+
+
 def test_the_attention_table_is_that_of_the_methods() -> None:
     from agentctx.runtime.methods.table import METHODS
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, combinations
 from typing import TypeVar
 
 from agentctx.memory.errors import ConfigError
@@ -89,6 +89,14 @@ def cross(
     if pairs > max_pairs:
         return Failure("budget", f"{pairs} pairs to compare; {max_pairs} are allowed")
     return [(one, other) for one in left for other in right if predicate(one, other)]
+
+
+def pairs(items: Sequence[A], max_pairs: int) -> list[tuple[A, A]] | Failure:
+    """Every two of the items, in order; a Failure, and no part, if there are more than `max_pairs`."""
+    count = math.comb(len(items), 2)
+    if count > max_pairs:
+        return Failure("budget", f"{count} pairs to compare; {max_pairs} are allowed")
+    return list(combinations(items, 2))
 
 
 def _rank(evidence: Evidence) -> tuple[float, str, str, str, str, str]:

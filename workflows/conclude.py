@@ -61,6 +61,7 @@ def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> 
         run_id=run.run_id,
         status=status,
         warnings=tuple(run.warnings),
+        value=(draft or {}).get("value"),
         uncited=uncited,
         stopped_because=wound,
     )

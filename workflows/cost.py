@@ -21,6 +21,7 @@ from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Cost, Plan, Stage
 from agentctx.workflows.profile import ModelProfile
 
+NOTHING = Cost()
 # A repair sends the failed reply back with one sentence on what was wrong with it.
 REPAIR_TOKENS = 160
 

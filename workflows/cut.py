@@ -7,15 +7,16 @@ is over the window, the whole input is cut finer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Chunk, Document, Span
+from agentctx.workflows.conclude import Covered
 from agentctx.workflows.roles import Role
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST, pack, split
-from agentctx.workflows.state import Part
+from agentctx.workflows.state import Part, State
 
 # A cut that does not fit is retried with chunks this much smaller.
 FINER = 0.85
@@ -43,22 +44,34 @@ class Cut:
         """The (label, text) pieces that the call shows."""
         return [(scope.label(self.chunks[i].span), scope.text(self.chunks[i].span)) for i in read.chunks]
 
+    def covered(self, state: State) -> Covered:
+        """What became of the chunks: `reads` and `failures` of the state are by the number of the read."""
 
-def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
-    """Cut for `role` with chunks of at most `limit` tokens, or as large as the window allows.
+        def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
+            return frozenset(i for n in numbers for i in self.reads[int(n)].chunks)
 
-    A `limit` that is stated may pass the reliable window, never the context. Raises ConfigError if even the
-    smallest chunk does not fit.
+        failures = {n: f["kind"] for n, f in state.get("failures", {}).items() if n.isdigit()}
+        failed = chunks_of(n for n, kind in failures.items() if kind not in ("cancelled", "budget"))
+        read = chunks_of(state.get("reads", {}))
+        left_out = state.get("not_forwarded", 0)
+        return Covered(self.chunks, read=read, failed=failed - read, not_forwarded=left_out)
+
+
+def cut(scope: Scope, role: Role, question: str, per: Part, limit: int | None = None, spare: int = 0) -> Cut:
+    """Cut for `role`, asked `question`, with chunks of at most `limit` tokens, or as the window allows.
+
+    A `limit` that is stated may pass the reliable window, never the context. `spare` tokens of every prompt
+    stay free. Raises ConfigError if even the smallest chunk does not fit.
     """
-    room = (scope.profile.context if limit else scope.profile.window) - role.max_output
-    empty = scope.prompt_tokens(role.render(scope.task.question, [], scope.tag))
+    room = (scope.profile.context if limit else scope.profile.window) - role.max_output - spare
+    empty = scope.prompt_tokens(role.render(question, [], scope.tag))
     label = max(
-        scope.prompt_tokens(role.render(scope.task.question, [(d.source, "")], scope.tag)) - empty
+        scope.prompt_tokens(role.render(question, [(d.source, "")], scope.tag)) - empty
         for d in scope.documents.values()
     )
     chunk_tokens = min(limit or room, room - empty - label)
     while chunk_tokens >= LEAST:
-        made = _cut(scope, role, per, chunk_tokens, label)
+        made = _cut(scope, role, question, per, chunk_tokens, label)
         if all(read.input_tokens <= room for read in made.reads):
             return made
         chunk_tokens = int(chunk_tokens * FINER)
@@ -69,7 +82,7 @@ def cut(scope: Scope, role: Role, per: Part, limit: int | None = None) -> Cut:
     )
 
 
-def _cut(scope: Scope, role: Role, per: Part, chunk_tokens: int, label: int) -> Cut:
+def _cut(scope: Scope, role: Role, question: str, per: Part, chunk_tokens: int, label: int) -> Cut:
     names: list[str] = []
     chunks: list[Chunk] = []
     reads: list[Read] = []
@@ -82,7 +95,7 @@ def _cut(scope: Scope, role: Role, per: Part, chunk_tokens: int, label: int) -> 
             indices = tuple(range(at, at + len(group)))
             at += len(group)
             pieces = [(scope.label(c.span), scope.text(c.span)) for c in group]
-            tokens = scope.prompt_tokens(role.render(scope.task.question, pieces, scope.tag))
+            tokens = scope.prompt_tokens(role.render(question, pieces, scope.tag))
             reads.append(Read(len(names), indices, tokens))
         names.append(name)
     return Cut(tuple(names), tuple(chunks), tuple(reads), chunk_tokens)

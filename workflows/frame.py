@@ -21,13 +21,14 @@ from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Plan
 from agentctx.workflows.answering import answer_input, answer_pieces, direct_plan, whole_pieces
 from agentctx.workflows.conclude import Covered, conclude
+from agentctx.workflows.profile import Tier
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.split import LEAST
 from agentctx.workflows.state import Input, Output, State, TaskKind
 
 Graph = StateGraph[State, RunContext, Input, Output]
-Step = Callable[[RunContext, State], Awaitable[dict[str, Any]]]
+Step = Callable[[RunContext, Any], Awaitable[dict[str, Any]]]  # of the strategy's own state
 
 
 class Strategy(ABC):
@@ -36,6 +37,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     depth: ClassVar[int] = 0  # levels of strategies inside this one
     kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
+    state: ClassVar[type[State]] = State  # of its graph; a strategy with keys of its own extends it
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -49,6 +51,10 @@ class Strategy(ABC):
     def covered(self, scope: Scope, state: State) -> Covered:
         """What the body read, by the chunks it works on."""
 
+    def needs(self, scope: Scope) -> Tier:
+        """What the model must be able to do for this to be worth its cost; below it a run says so."""
+        return "reads"
+
     def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
         """Evidence that a cancelled run has found, best first, without a further call."""
         return state.get("spans", [])
@@ -59,7 +65,7 @@ class Strategy(ABC):
             raise ConfigError("there is nothing to read: no document was opened")
         if scope.task.kind not in self.kinds:
             raise ConfigError(
-                f"{self.name} answers questions and cannot summarise",
+                f"{self.name} does not do the task {scope.task.kind}, only {', '.join(self.kinds)}",
                 hint="use --strategy recursive, or auto",
             )
         _check_question(scope)
@@ -74,8 +80,8 @@ class Strategy(ABC):
 
     def graph(self) -> Graph:
         """The whole graph, uncompiled; its runs take a `RunContext` as context."""
-        graph: Graph = StateGraph(State, RunContext, input_schema=Input, output_schema=Output)
-        add_node(graph, "plan", _plan)
+        graph: Graph = StateGraph(self.state, RunContext, input_schema=Input, output_schema=Output)
+        add_node(graph, "plan", self._plan)
         add_node(graph, "direct", _direct)
         add_node(graph, "verify", self._verify)
         entry = self.body(graph)
@@ -84,6 +90,15 @@ class Strategy(ABC):
         graph.add_edge("direct", "verify")
         graph.add_edge("verify", END)
         return graph
+
+    async def _plan(self, run: RunContext, state: State) -> dict[str, Any]:
+        run.trace.emit("plan.made", plan=asdict(run.plan))
+        if reads_directly(run.scope):
+            return {"route": "direct"}
+        profile, needed = run.scope.profile, self.needs(run.scope)
+        if needed not in profile.tiers:
+            run.warn("below_tier", f"{self.name} needs a model that {needed}; {profile.name} is not known to")
+        return {"route": "body"}
 
     async def _verify(self, run: RunContext, state: State) -> dict[str, Any]:
         direct = state.get("route") == "direct"
@@ -104,7 +119,7 @@ def _check_question(scope: Scope) -> None:
 
 def reads_directly(scope: Scope) -> bool:
     """True if one call can read everything, prompt and answer inside the reliable window."""
-    if scope.task.kind != "search":
+    if scope.task.kind not in ("search", "multi_hop"):
         return False
     if sum(len(d.text) for d in scope.documents.values()) > 16 * scope.profile.window:
         return False  # no tokenizer packs more than 16 characters into a token on average
@@ -131,7 +146,8 @@ def add_node(graph: Graph, name: str, step: Step) -> None:
             runtime.context.see(update)
             return update
 
-    graph.add_node(name, node)
+    # Without it LangGraph would give the node what its annotation names, and not the strategy's own keys.
+    graph.add_node(name, node, input_schema=graph.state_schema)
 
 
 def _route(entry: str) -> Callable[[State], str]:
@@ -139,11 +155,6 @@ def _route(entry: str) -> Callable[[State], str]:
         return "direct" if state.get("route") == "direct" else entry
 
     return route
-
-
-async def _plan(run: RunContext, state: State) -> dict[str, Any]:
-    run.trace.emit("plan.made", plan=asdict(run.plan))
-    return {"route": "direct" if reads_directly(run.scope) else "body"}
 
 
 async def _direct(run: RunContext, state: State) -> dict[str, Any]:

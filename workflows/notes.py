@@ -49,7 +49,7 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
         if claims is None:
             claims = _claims_of_text(run.scope, data["text"], spans)
         for claim in claims:
-            places = _verified(run, claim["quotes"], spans)
+            places = verified(run, claim["quotes"], spans)
             if places:
                 confidence = data.get("confidence", claim.get("confidence", 0))
                 notes.append(Note(number, claim["text"], places, confidence))
@@ -144,7 +144,7 @@ def keep_record(run: RunContext, role: str, data: dict[str, Any]) -> str:
     return key
 
 
-def _verified(run: RunContext, quotes: Iterable[str], spans: Sequence[Span]) -> tuple[Span, ...]:
+def verified(run: RunContext, quotes: Iterable[str], spans: Sequence[Span]) -> tuple[Span, ...]:
     """Where those quotes stand that are in the documents that were read."""
     documents = run.scope.documents
     verifier = run.scope.keep("verifier", lambda: Verifier(list(documents.values())))

@@ -17,6 +17,12 @@ STRATEGIES = {
     "spans": "agentctx.workflows.strategies.spans:Spans",
     "lexical": "agentctx.workflows.strategies.lexical:Lexical",
     "map_reduce": "agentctx.workflows.strategies.map_reduce:MapReduce",
+    "search": "agentctx.workflows.strategies.search:Search",
+    "agents": "agentctx.workflows.strategies.agents:Agents",
+    "fold": "agentctx.workflows.strategies.fold:Fold",
+    "continue": "agentctx.workflows.strategies.continuation:Continuation",
+    "experience": "agentctx.workflows.strategies.experience:Experience",
+    "gist": "agentctx.workflows.strategies.gist:Gist",
     "recursive": "agentctx.workflows.strategies.recursive:Recursive",
 }
 

@@ -7,8 +7,10 @@ role's version, which is part of every cache key.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,9 +25,13 @@ DATA_RULE = (
 
 
 class Reply(BaseModel):
-    """Base of what models write: unknown keys are refused, lengths are bounded."""
+    """Base of what models write: unknown keys are refused, lengths are bounded.
+
+    `example` shows the form in the prompt; a test holds it against the schema.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    example: ClassVar[Mapping[str, object]]
 
 
 class Claim(Reply):
@@ -35,8 +41,15 @@ class Claim(Reply):
     quotes: list[str] = Field(default_factory=list, max_length=6)
 
 
+CLAIM = MappingProxyType(
+    {"text": "a statement in your words", "quotes": ("words copied exactly from the text",)}
+)
+
+
 class AnswerReply(Reply):
     """The answer to the question."""
+
+    example = MappingProxyType({"text": "the answer", "claims": (CLAIM,), "no_information": False})
 
     text: str = Field(default="", max_length=6000)
     claims: list[Claim] = Field(default_factory=list, max_length=24)
@@ -46,6 +59,8 @@ class AnswerReply(Reply):
 class ReadReply(Reply):
     """What one stretch of text says about the question."""
 
+    example = MappingProxyType({"facts": (CLAIM,), "confidence": 3, "no_information": False})
+
     facts: list[Claim] = Field(default_factory=list, max_length=16)
     confidence: int = Field(default=0, ge=0, le=5)
     no_information: bool = False
@@ -53,6 +68,8 @@ class ReadReply(Reply):
 
 class SummaryReply(Reply):
     """The main points of one stretch of text, or of several summaries."""
+
+    example = MappingProxyType({"points": (CLAIM,), "no_information": False})
 
     points: list[Claim] = Field(default_factory=list, max_length=24)
     no_information: bool = False
@@ -79,7 +96,7 @@ class Role:
         if pieces:
             system += " " + DATA_RULE.format(tag=tag)
         if self.schema:
-            system += " Reply with one JSON object and nothing else, in this form: " + EXAMPLES[self.schema]
+            system += " Reply with one JSON object and nothing else, in this form: " + _form(self.schema)
         body = [fenced(text, tag, label) for label, text in pieces]
         body.append(self.closing.format(question=question) if question else "Give the main points.")
         return [SystemMessage(system), HumanMessage("\n\n".join(body))]
@@ -98,16 +115,10 @@ class ShortAnswer(Role):
         return short_answer.clean_short_answer(reply)
 
 
-def _example(**fields: object) -> str:
-    return json.dumps(fields, separators=(", ", ": "))
+def _form(schema: type[Reply]) -> str:
+    """The example as JSON; read-only mappings are dicts there."""
+    return json.dumps(schema.example, separators=(", ", ": "), default=dict)
 
-
-_CLAIM = {"text": "a statement in your words", "quotes": ["words copied exactly from the text"]}
-EXAMPLES: dict[type[Reply], str] = {
-    AnswerReply: _example(text="the answer", claims=[_CLAIM], no_information=False),
-    ReadReply: _example(facts=[_CLAIM], confidence=3, no_information=False),
-    SummaryReply: _example(points=[_CLAIM], no_information=False),
-}
 
 ANSWER = Role(
     "answer",

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
 
-TaskKind = Literal["search", "summarise"]
+TaskKind = Literal["search", "summarise", "classify", "aggregate", "pairwise", "multi_hop"]
 Part = Literal["all", "file", "chapter"]
+Operation = Literal["list", "count", "sum", "min", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class Task:
     question: str
     kind: TaskKind = "search"
     per: Part = "all"  # summaries: one for all, for each file, or for each chapter
+    labels: tuple[str, ...] = ()  # classify: the answers to choose from
+    operation: Operation | None = None  # aggregate: what to do with the items; None: as the question says
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Record:
     data: dict[str, Any]
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What two nodes wrote under one key."""
     return {**old, **new}
 
 
@@ -51,8 +55,8 @@ class State(TypedDict, total=False):
 
     question: str
     sources: list[str]
-    reads: Annotated[dict[str, str], _merge]  # pack number -> record id
-    failures: Annotated[dict[str, dict[str, Any]], _merge]  # pack number -> Failure without text
+    reads: Annotated[dict[str, str], merged]  # pack number -> record id
+    failures: Annotated[dict[str, dict[str, Any]], merged]  # pack number -> Failure without text
     groups: list[list[str]]  # record ids that the next level of a reduce tree merges
     n_reads: int
     batch: list[int]  # [first, last + 1] of the read numbers that one Send carries

@@ -26,15 +26,37 @@ class Per(StrEnum):
     chapter = "chapter"
 
 
+class Kind(StrEnum):
+    """What sort of answer a question wants."""
+
+    search = "search"
+    multi_hop = "multi_hop"
+    classify = "classify"
+    aggregate = "aggregate"
+    pairwise = "pairwise"
+
+
+OfKind = Annotated[
+    Kind, typer.Option("--kind", help="search, multi_hop, classify, aggregate or pairwise.", metavar="KIND")
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="To choose from, with --kind classify.", metavar="TEXT")
+]
 plan = typer.Typer(help="Show what a command would cost at most, without a model call.")
 
 
 @expand
-def ask(options: Options, question: Question = None, paths: Paths = None) -> None:
+def ask(
+    options: Options,
+    question: Question = None,
+    paths: Paths = None,
+    kind: OfKind = Kind.search,
+    label: Labels = None,
+) -> None:
     """Answer a question over files, with citations that were checked against them."""
     if question is None and not options.resume:
         raise ConfigError("a question is missing", hint="agentctx ask QUESTION [PATH]...")
-    execute(Job("ask", "ask", paths or (), question), options)
+    execute(Job("ask", "ask", paths or (), question, kind=kind.value, labels=label or ()), options)
 
 
 @expand
@@ -45,11 +67,18 @@ def summarize(options: Options, paths: Paths = None, per: Per = Per.all, focus: 
 
 @plan.command("ask")
 @expand
-def plan_ask(options: Options, question: Question = None, paths: Paths = None) -> None:
+def plan_ask(
+    options: Options,
+    question: Question = None,
+    paths: Paths = None,
+    kind: OfKind = Kind.search,
+    label: Labels = None,
+) -> None:
     """What `ask` would cost at most."""
     if question is None:
         raise ConfigError("a question is missing", hint="agentctx plan ask QUESTION [PATH]...")
-    execute(Job("plan ask", "ask", paths or (), question), replace(options, dry_run=True, resume=None))
+    job = Job("plan ask", "ask", paths or (), question, kind=kind.value, labels=label or ())
+    execute(job, replace(options, dry_run=True, resume=None))
 
 
 @plan.command("summarize")

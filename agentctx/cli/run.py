@@ -19,6 +19,7 @@ from agentctx.memory.errors import AgentctxError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from agentctx.api import Context, Stop
+    from agentctx.asked import Kind
     from agentctx.memory.selection import Selection
     from agentctx.memory.types import Answer
     from agentctx.settings import Settings
@@ -33,6 +34,8 @@ class Job:
     paths: Sequence[str]
     question: str | None = None  # of a summary: what to look at
     per: Literal["all", "file", "chapter"] = "all"
+    kind: Kind = "search"
+    labels: Sequence[str] = ()
 
 
 def execute(job: Job, options: Options) -> None:
@@ -110,13 +113,23 @@ def _run(
         raise InputError(message, code=first.code, source=first.source, hint="leave out --strict-inputs")
     strategy, budget = settings.strategy, settings.budget()
     if options.dry_run:
-        plan = context.plan(job.question, task=job.task, per=job.per, strategy=strategy, budget=budget)
+        plan = context.plan(
+            job.question,
+            task=job.task,
+            per=job.per,
+            kind=job.kind,
+            labels=job.labels,
+            strategy=strategy,
+            budget=budget,
+        )
         output.plan(plan, context.model.profile, (*skipped, *context.corpus.warnings))
         return exits.OK
     with stopping(stop):
         if job.task == "ask":
             answer = context.ask(
                 job.question or "",
+                kind=job.kind,
+                labels=job.labels,
                 strategy=strategy,
                 budget=budget,
                 run_id=options.run_id,

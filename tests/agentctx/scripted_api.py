@@ -42,12 +42,14 @@ class Context:
             raise ModelError("no model 'absent'", code="not_fetched", hint="agentctx models ls")
         return cls(open_documents(sources, selection=selection, stdin=stdin), model)
 
-    def plan(self, question, *, task, per, strategy, budget):
+    def plan(self, question, *, task, per, kind, labels, strategy, budget):
         if budget.calls == 0:
             raise ConfigError("no call fits")
         return PLAN
 
-    def ask(self, question, *, strategy, budget, run_id, stop, on_event):
+    def ask(self, question, *, kind, labels, strategy, budget, run_id, stop, on_event):
+        if kind != "search":
+            question = f"{kind} {'|'.join(labels)}: {question}"
         return self._run(question, run_id or "01RUN", stop, on_event)
 
     def summarize(self, focus, *, per, strategy, budget, run_id, stop, on_event):

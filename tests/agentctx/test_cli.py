@@ -47,6 +47,13 @@ def shell(*args, **rest):
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes)
 
 
+def test_the_kind_of_a_question_and_its_labels_reach_the_run(api, capfd):
+    given = ["ask", "heavy?", "a.txt", "--kind", "classify", "--label", "yes", "--label", "no"]
+    assert run(given) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "classify yes|no: heavy?"
+    assert run(["ask", "heavy?", "a.txt", "--kind", "riddle"]) == 2
+
+
 def test_an_answer_is_shown_with_its_citations_and_accounts(api, capfd):
     assert run(["ask", "when?", "a.txt"]) == 0
     out, err = capfd.readouterr()

@@ -1,7 +1,7 @@
 """Choose a strategy by rules that can be read, and say why.
 
 1. The input fits the reliable window: one direct call (the frame of every strategy does this).
-2. A summary: `recursive`, because full coverage is the point.
+2. Anything but a question about a part: `recursive`, because full coverage is the point.
 3. A question, and the model can score text without generating: `spans`.
 4. A question otherwise: `recursive` search, which reads everything.
 A choice the budget cannot pay is dropped; `lexical` is left then, the best coverage per token, and the run is
@@ -22,11 +22,12 @@ from agentctx.workflows.cost import without_retries
 from agentctx.workflows.frame import Graph, Strategy, reads_directly
 from agentctx.workflows.run import RunContext, fits
 from agentctx.workflows.scope import Scope
-from agentctx.workflows.state import Input, Output, State
+from agentctx.workflows.state import Input, Output, State, TaskKind
 from agentctx.workflows.strategies.direct import Direct
 from agentctx.workflows.strategies.lexical import Lexical
 from agentctx.workflows.strategies.recursive import Recursive
 from agentctx.workflows.strategies.spans import Spans
+from agentctx.workflows.tasks.table import KINDS
 
 CANDIDATES: dict[str, Strategy] = {
     "direct": Direct(),
@@ -53,8 +54,8 @@ def decide(scope: Scope) -> Decision:
 def _decide(scope: Scope) -> Decision:
     if reads_directly(scope):
         return Decision("direct", "the input fits the window that the model reads reliably")
-    if scope.task.kind == "summarise":
-        return Decision("recursive", "a summary needs full coverage")
+    if scope.task.kind != "search":
+        return Decision("recursive", f"the task {scope.task.kind} needs full coverage")
     if scope.reader:
         first, reason = "spans", "the local model ranks passages without generating"
     else:
@@ -77,6 +78,7 @@ class Auto(Strategy):
     """The chosen strategy runs as a subgraph, under the plan that was announced for it."""
 
     name: ClassVar[str] = "auto"
+    kinds: ClassVar[tuple[TaskKind, ...]] = tuple(KINDS)
     depth: ClassVar[int] = 1
 
     def chosen(self, scope: Scope) -> Strategy:

@@ -1,0 +1,104 @@
+"""Classify: every chunk votes for a label and quotes why; a vote without a verified quote does not count.
+
+Calls after the reads: none. Weights are the reads' own confidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field
+
+from agentctx.memory.errors import ConfigError
+from agentctx.memory.types import Stage
+from agentctx.workflows.combine import vote
+from agentctx.workflows.cut import Cut
+from agentctx.workflows.notes import keep_record, no_information, verified
+from agentctx.workflows.roles import Reply, Role
+from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import State
+from agentctx.workflows.tasks.pipeline import Pipeline
+
+CITED = 6  # quotes that are shown for the label that won
+
+
+class LabelReply(Reply):
+    """What one stretch of text speaks for."""
+
+    example = MappingProxyType(
+        {
+            "label": "one of the labels",
+            "quotes": ("words copied exactly from the text",),
+            "confidence": 3,
+            "no_information": False,
+        }
+    )
+
+    label: str = Field(default="", max_length=200)
+    quotes: list[str] = Field(default_factory=list, max_length=4)
+    confidence: int = Field(default=0, ge=0, le=5)
+    no_information: bool = False
+
+
+LABEL = Role(
+    "label",
+    1,
+    "You read part of a longer source and say which of the given labels it speaks for. You copy, character "
+    "for character, the words that show it. confidence says from 0 to 5 how sure the text makes you. If the "
+    "text does not bear on the question, set no_information to true.",
+    LabelReply,
+    200,
+)
+
+
+@dataclass(frozen=True)
+class Classify(Pipeline):
+    """The answer's `value` holds the label, its lead as a share of all weight, and every label's weight."""
+
+    def question(self, scope: Scope) -> str:
+        if len({label.casefold() for label in scope.task.labels}) < 2:
+            raise ConfigError("a classification needs at least two labels", hint="--label yes --label no")
+        return f"{scope.task.question}\nLabels: {'; '.join(scope.task.labels)}"
+
+    def read_role(self, scope: Scope) -> Role:
+        return scope.role(LABEL)
+
+    def stages(self, scope: Scope, made: Cut) -> list[Stage]:
+        return []
+
+    async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
+        labels = {label.casefold(): label for label in run.scope.task.labels}
+        reads = state.get("reads", {})
+        records = run.cache.get_many(list(reads.values()))
+        ballots: list[tuple[str, float]] = []
+        quotes: dict[str, list[tuple[int, str]]] = {}
+        for number in sorted(map(int, reads)):
+            data = records[reads[str(number)]]
+            label = labels.get(data["label"].strip().casefold())
+            if data["no_information"]:
+                continue
+            if label is None:
+                run.warn("unknown_label", f"a read voted for {data['label']!r}, which is no label")
+                continue
+            spans = [made.chunks[i].span for i in made.reads[number].chunks]
+            good = [quote for quote in data["quotes"] if verified(run, [quote], spans)]
+            if not good:
+                run.warn("vote_without_quote", f"a vote for {label!r} quoted nothing that is in the text")
+                continue
+            ballots.append((label, float(max(1, data["confidence"]))))
+            quotes.setdefault(label, []).extend((data["confidence"], quote) for quote in good)
+        if not ballots:
+            return {"draft": no_information(run)}
+        winner, margin = vote(ballots, run.scope.task.labels)
+        weights = {label: sum(w for of, w in ballots if of == label) for label in run.scope.task.labels}
+        best = [quote for _, quote in sorted(quotes[winner], key=lambda found: -found[0])][:CITED]
+        draft = {
+            "text": winner,
+            "claims": [{"text": winner, "quotes": best}],
+            "no_information": False,
+            "value": {"label": winner, "margin": margin, "weights": weights},
+        }
+        return {"draft": keep_record(run, "vote", draft), "not_forwarded": len(quotes[winner]) - len(best)}
