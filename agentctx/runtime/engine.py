@@ -143,7 +143,7 @@ class Engine:
         context = self._known(ids, self._named(ids))
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
-        return context
+            return self.method.reduce(context, len(ids))
 
     def read_all(
         self,
@@ -174,6 +174,8 @@ class Engine:
                 self._read_together(
                     [found[index] for index in batch], [texts[index] for index in batch], keep
                 )
+            for index, ids in enumerate(texts):
+                found[index] = self.method.reduce(found[index], len(ids))
         return found
 
     def begin(
@@ -182,21 +184,23 @@ class Engine:
         """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
 
         With `keep`, its full blocks go to the disk; the open one at its end is no beginning of other prompts.
-        Under a method that changes what is stored, the end of the prompt asks and the rest is read.
+        Under a method that changes what is stored or asked, the end of the prompt asks and the rest is read.
         """
         self.fits(len(ids))
         grid = self.method.grid
-        read = max(0, len(ids) - ASKED) // grid * grid if self.method.writes else len(ids)
+        apart = self.method.writes or self.method.evicts
+        read = max(0, len(ids) - ASKED) // grid * grid if apart else len(ids)
         named = self._named(ids[:read])
         if named and named[-1].end % PAGE_TOKENS:
             named.pop()
         context = self._known(ids[:-1], named)
-        with _closed_if_it_fails([context]):
+        with _closed_if_it_fails(held := [context]):
             at = len(context.ids)
             hidden = context.feed(ids[at:read], cancelled=cancelled)
             self._remember(context, named, at, keep)
             context.state.reading = False
             if read < len(ids):
+                context = held[0] = self.method.reduce(context, read)
                 hidden = context.feed(ids[read:], cancelled=cancelled)
         return context, hidden
 

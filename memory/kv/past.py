@@ -60,7 +60,7 @@ class Past:
         self.pool.release(self.pages)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of a layer in plain order, `[Hkv, 64 NT, D]`; the first `lens[layer, h]` of head h count."""
+        """K and V of a layer in plain order, `[Hkv, 64 NT, D]`; `lens[layer, h]` of head h count."""
         flat, tiles = self.pool.tiles, self.tiles[layer]
         ids = tiles.flatten().long()
         found = KVPages(flat.k[ids], flat.v[ids], PAGE_TOKENS, flat.head_dim, flat.format)

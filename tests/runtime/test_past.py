@@ -20,7 +20,7 @@ from agentctx.runtime.hf.body import HFBody
 from agentctx.runtime.layer import Scoring, attend_past
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.table import method
-from tests.runtime.tiny import FAMILIES
+from tiny import FAMILIES
 
 LAYERS, HEADS, SIZE = 2, 2, 16
 QUESTION = [5, 6, 7, 8]
