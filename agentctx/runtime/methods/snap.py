@@ -2,8 +2,8 @@
 
 Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469: the mean
 attention of the last 64 rows, smoothed over neighbours. Budgets may fall with depth (Cai et al., "PyramidKV",
-arXiv 2406.02069), and heads of a layer compete for all but a share of it (Feng et al., "Ada-KV", arXiv 2407.11550).
-Where the text ends with a question, what is kept serves that question.
+arXiv 2406.02069), and heads of a layer compete for all but a share of it (Feng et al., "Ada-KV", arXiv
+2407.11550). Where the text ends with a question, what is kept serves that question.
 """
 
 from __future__ import annotations

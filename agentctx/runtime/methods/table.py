@@ -35,9 +35,8 @@ EVICTORS: Mapping[str, str] = MappingProxyType(  # these read like dense, and as
         "lagkv": "keystats:LagKV",
     }
 )
-ANCHORS: Mapping[str, str] = MappingProxyType(  # to be beaten, not to be used
-    {"random": "random:Random", "randomtokens": "randomtokens:RandomTokens"}
-)
+ANCHORS: Mapping[str, str] = MappingProxyType({"random": "random:Random"})  # to be beaten, not to be used
+EVICTING_ANCHORS: Mapping[str, str] = MappingProxyType({"randomtokens": "randomtokens:RandomTokens"})
 AUTO = "dense"  # until the grid of qualities says where a sparse method loses nothing
 
 
@@ -48,7 +47,7 @@ def place_of(text: str) -> str:
     """
     name = text.partition(":")[0]
     known = {**METHODS, **EVICTORS}
-    place = {**known, **ANCHORS}.get(AUTO if text == "auto" else name)
+    place = {**known, **ANCHORS, **EVICTING_ANCHORS}.get(AUTO if text == "auto" else name)
     if place is None:
         raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(known)}")
     return place
