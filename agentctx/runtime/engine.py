@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.choices import Choices
 from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
 from agentctx.memory.kv.prefixes import PrefixIndex
@@ -112,6 +113,7 @@ class Engine:
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
         self.pool = PagePool(body.shape, budget=memory_bytes)
         self.prefixes = PrefixIndex(self.pool)
+        self.choices = Choices()
         self.store = store
         self.lock = threading.RLock()
         self.root = _named_after(fingerprint, self.method.writes)

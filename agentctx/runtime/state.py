@@ -125,7 +125,7 @@ class KVState:
 
     def _before(self, layer: int, q: Tensor, scoring: Scoring) -> Attention:
         """Attention to the pasts of the rows; those that share one attend to it together."""
-        if scoring.window is not None or self.method.moves:
+        if scoring.window is not None or not self.method.joins:
             what = "a layer with a window" if scoring.window is not None else f"the method {self.method.name}"
             raise ModelError(
                 f"{what} does not go with chosen tokens (an evicted, narrowed or composed reading)",

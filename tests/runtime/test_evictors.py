@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,15 @@ from tiny import FAMILIES
 from torch import Tensor
 
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.choices import Choices
 from agentctx.memory.kv.store import BlockStore
+from agentctx.models.load import open_model
+from agentctx.models.local import LocalChat
+from agentctx.paths import Paths
 from agentctx.runtime.engine import Context, Engine
 from agentctx.runtime.hf.body import HFBody
 from agentctx.runtime.methods.evictor import Evictor, compress
+from agentctx.runtime.methods.kvzip import KVZip
 from agentctx.runtime.methods.table import EVICTING_ANCHORS, EVICTORS, method
 
 NAMES = [*EVICTORS, *EVICTING_ANCHORS]
@@ -228,14 +234,53 @@ def test_no_room_for_what_is_kept_leaks_nothing() -> None:
 
 
 def test_a_cancelled_read_is_not_evicted() -> None:
-    import threading
-
     cancelled = threading.Event()
     some = engine(attention=through("snap"))
     part = some.read(words(900), cancelled=cancelled, progress=lambda *_: cancelled.set())
     assert part.ids == words(900)[:512] and part.state.pasts == [None]
     whole = some.read(words(900))
     assert (whole.reused, whole.computed) == (512, 388) and whole.state.pasts != [None]
+
+
+def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the engine lives; another share or another text is another choice."""
+    subject = engine()
+    context = subject.read(words(300))
+    expected = answer(compress(context, evictor("kvzip"), keep=0.4))
+    with monkeypatch.context() as patch:
+        patch.setattr(KVZip, "scores", lambda *_: pytest.fail("chosen again"))
+        assert answer(compress(subject.read(words(300)), evictor("kvzip"), keep=0.4)) == expected
+        for given, keep in ((context, 0.3), (subject.read(words(299)), 0.4)):
+            with pytest.raises(pytest.fail.Exception, match="chosen again"):
+                compress(given, evictor("kvzip"), keep=keep)
+
+
+def test_choices_stay_within_their_budget() -> None:
+    chance = torch.Generator().manual_seed(0)
+    masks = [torch.rand(2, 3, 35, generator=chance) < 0.5 for _ in range(5)]
+    held = Choices(budget=3 * 27)
+    for number, mask in enumerate(masks):
+        held.put(str(number), mask)
+        assert held.used_bytes <= held.budget
+        held.get("0")
+    assert [held.get(str(number)) is not None for number in range(5)] == [True, False, False, True, True]
+    found = held.get("4")
+    assert found is not None and torch.equal(found, masks[4])
+    held.put("large", torch.ones(10_000, dtype=torch.bool))
+    assert held.get("large") is None and held.get("4") is not None
+
+
+def test_a_chat_model_with_an_evictor(tiny_model: Path, tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "cache", tmp_path / "data", tmp_path / "state", tmp_path / "config")
+    said = {}
+    for attention in ("dense", "snap:keep=1.0", "snap:keep=0.3,dense_below=50"):
+        model = open_model(str(tiny_model), paths=paths, offline=True, attention=attention)
+        assert isinstance(model.chat, LocalChat)
+        reply = model.chat.invoke("The court ruled on 3 May. " * 20, max_tokens=12)
+        usage = reply.usage_metadata
+        assert usage is not None and usage["input_tokens"] > 500
+        said[attention] = reply.text
+    assert said["dense"] == said["snap:keep=1.0"]
 
 
 def test_only_snap_depends_on_the_end() -> None:

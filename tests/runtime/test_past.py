@@ -197,11 +197,26 @@ def test_a_choice_that_does_not_fit_the_memory_changes_nothing() -> None:
         gather([Part(Past.over(context.table), kept[0, 0, :9])], end=500)
 
 
-def test_methods_that_move_positions_are_refused() -> None:
-    context = engine(attention="streaming:window=100").read(words(300))
-    with pytest.raises(ModelError, match="streaming does not go with chosen tokens") as failed:
+@pytest.mark.parametrize("text", ["streaming:window=100", "quest:guard=report", "lambda:window=90"])
+def test_methods_that_need_the_whole_are_refused(text: str) -> None:
+    context = engine(attention=text).read(words(300))
+    name = text.partition(":")[0]
+    with pytest.raises(ModelError, match=f"{name} does not go with chosen tokens") as failed:
         after(context, Past.over(context.table)).feed(QUESTION)
     assert failed.value.code == "unsupported"
+
+
+def test_a_method_has_its_say_in_what_follows() -> None:
+    """Quest reads the past whole, and of what came after it a part."""
+    options = "budget=448,dense_below=448,dense_layers=0"
+    found = []
+    for text in ("dense", f"quest:{options}", f"quest:{options.replace('=448', '=4096')}"):
+        context = engine(attention=text).read(words(300))
+        past = after(context, Past.over(context.table))
+        hidden(past, words(900, 1))
+        found.append(hidden(past, QUESTION))
+    near(found[0], found[2])
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "smollm3"])

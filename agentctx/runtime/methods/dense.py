@@ -37,6 +37,11 @@ class Dense:
         """A text is read in pieces that end at multiples of so many tokens, or where it ends."""
         return PAGE_TOKENS
 
+    @property
+    def joins(self) -> bool:
+        """Whether its attention may be one part of several: what comes before a sequence is read whole."""
+        return not self.moves
+
     def attend(self, q: Tensor, kv: LayerKV) -> Attention:
         """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""
         return kv.exact(q)

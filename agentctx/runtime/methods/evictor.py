@@ -4,7 +4,9 @@ A score says how much a token is worth to one KV head of one layer, so heads kee
 stored as ragged as that (`memory.kv.past`). What is kept keeps its position. The full blocks are those of
 dense attention and stay where they are: an evicted reading is derived from them and never stored as one.
 Queries that a score needs are computed again from the stored keys, a few windows of rows, so it does not
-matter in which pieces a text was read, or whether it was read at all in this process.
+matter in which pieces a text was read, or whether it was read at all in this process. What was chosen is
+remembered while the engine lives (`memory.kv.choices`); it is not written to the disk, where only the full
+blocks are, from which it follows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from agentctx.kernels.records import Attention
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.chain import blocks
 from agentctx.memory.kv.gather import Part, gather
 from agentctx.memory.kv.past import Past
 from agentctx.runtime.layer import LayerKV
@@ -80,8 +83,12 @@ def compress(context: Context, evictor: Evictor, keep: float | None = None) -> C
     chosen = evictor if keep is None else replace(evictor, keep=keep)
     engine, tokens = context.engine, len(context.ids)
     with engine.lock, torch.inference_mode():
-        _refuse_windows(context)
-        kept = chosen.choose(chosen.scores(context))
+        name = list(blocks(context.ids, f"{engine.root} {chosen!r}"))[-1].name
+        kept = engine.choices.get(name)
+        if kept is None:
+            _refuse_windows(context)
+            kept = chosen.choose(chosen.scores(context))
+            engine.choices.put(name, kept)
         source = Past.over(context.table)
         try:
             past = gather([Part(source, kept)], end=tokens)

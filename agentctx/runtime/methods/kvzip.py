@@ -3,7 +3,7 @@
 Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416. After
 reading, the text is fed again, chunk by chunk, and a key is worth the highest attention that it gets from any
 row of its chunk, among the keys of the chunk and those of the repetition. One ranking over all layers and
-heads. It costs as much as reading the text again, so it pays for texts that are asked often.
+heads. It costs a few times as much as reading the text, so it pays for texts that are asked often.
 
 Ours: no instruction in words, as the engine knows no tokenizer; a chunk is announced by the eight tokens
 before it.
