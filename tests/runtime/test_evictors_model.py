@@ -40,7 +40,7 @@ def test_a_quarter_of_the_keys(embedded_model: Model) -> None:
         assert isinstance(evictor, Evictor)
         used = weights.engine.pool.used_bytes
         part = compress(context, evictor, keep=0.25)
-        assert weights.engine.pool.used_bytes - used <= 0.3 * len(context.table.pages) * _page(context)
+        assert weights.engine.pool.used_bytes - used <= 0.33 * len(context.table.pages) * _page(context)
         found = predictions(part, rest)
         lost[name] = float((dense.exp() * (dense - found)).sum(-1).mean())
         part.close()
