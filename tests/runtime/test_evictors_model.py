@@ -30,22 +30,21 @@ def test_a_quarter_of_the_keys(embedded_model: Model) -> None:
     assert isinstance(embedded_model.chat, LocalChat)
     weights = embedded_model.chat.weights
     text = (EXAMPLES / "council-minutes.txt").read_text(encoding="utf-8")
-    ids = list(weights.tokenizer(text).input_ids)[:1300]
-    assert len(ids) > 1200
-    context, rest = weights.engine.read(ids[:1200]), ids[1200:]
+    ids = list(weights.tokenizer(text).input_ids)[:960]
+    context, rest = weights.engine.read(ids[:896]), ids[896:]
     dense = predictions(context, rest)
     lost = {}
-    for name in ("snap", "kvzip", "expected", "randomtokens"):
+    for name in ("kvzip", "expected", "randomtokens"):
         evictor = method(name)
         assert isinstance(evictor, Evictor)
         used = weights.engine.pool.used_bytes
         part = compress(context, evictor, keep=0.25)
-        assert weights.engine.pool.used_bytes - used <= 0.33 * len(context.table.pages) * _page(context)
+        assert weights.engine.pool.used_bytes - used <= 0.36 * len(context.table.pages) * _page(context)
         found = predictions(part, rest)
         lost[name] = float((dense.exp() * (dense - found)).sum(-1).mean())
         part.close()
     context.close()
-    assert max(lost[name] for name in ("snap", "kvzip", "expected")) < lost["randomtokens"], lost
+    assert lost["kvzip"] < lost["expected"] < lost["randomtokens"]
 
 
 def _page(context: Context) -> int:
