@@ -56,7 +56,7 @@ def test_the_table_of_kinds_is_that_of_the_tasks() -> None:
 
 
 def test_the_attention_table_is_that_of_the_methods() -> None:
-    from agentctx.runtime.methods.table import METHODS
+    from agentctx.runtime.methods.table import EVICTORS, METHODS
 
     rows = re.findall(r"^\| `(\w+)` \|.*`agentctx/runtime/methods/(\w+)\.py` \|$", README, re.MULTILINE)
-    assert dict(rows) == {name: place.partition(":")[0] for name, place in METHODS.items()}
+    assert dict(rows) == {name: place.partition(":")[0] for name, place in {**METHODS, **EVICTORS}.items()}

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.choices import Choices
+from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
 from agentctx.memory.kv.prefixes import PrefixIndex
 from agentctx.memory.kv.store import BlockStore
@@ -48,6 +50,12 @@ class Context:
     @property
     def table(self) -> BlockTable:
         return self.state.tables[0]
+
+    @classmethod
+    def over(cls, engine: Engine, past: Past, ids: Sequence[int]) -> Context:
+        """Go on after chosen tokens; `ids` are the tokens of the text. Closes `past` when it is closed."""
+        state = KVState(engine.pool, [BlockTable(engine.pool)], engine.method, [0], 0, False, pasts=[past])
+        return cls(engine, state, list(ids), reused=len(ids))
 
     def fork(self) -> Context:
         """The same past, to go on from in another way: no page is copied until one of the two writes to
@@ -105,6 +113,7 @@ class Engine:
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
         self.pool = PagePool(body.shape, budget=memory_bytes)
         self.prefixes = PrefixIndex(self.pool)
+        self.choices = Choices()
         self.store = store
         self.lock = threading.RLock()
         self.root = _named_after(fingerprint, self.method.writes)
@@ -136,7 +145,7 @@ class Engine:
         context = self._known(ids, self._named(ids))
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
-        return context
+            return self.method.reduce(context, len(ids))
 
     def read_all(
         self,
@@ -167,6 +176,8 @@ class Engine:
                 self._read_together(
                     [found[index] for index in batch], [texts[index] for index in batch], keep
                 )
+            for index, ids in enumerate(texts):
+                found[index] = self.method.reduce(found[index], len(ids))
         return found
 
     def begin(
@@ -175,28 +186,30 @@ class Engine:
         """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
 
         With `keep`, its full blocks go to the disk; the open one at its end is no beginning of other prompts.
-        Under a method that changes what is stored, the end of the prompt asks and the rest is read.
+        Under a method that changes what is stored or asked, the end of the prompt asks and the rest is read.
         """
         self.fits(len(ids))
         grid = self.method.grid
-        read = max(0, len(ids) - ASKED) // grid * grid if self.method.writes else len(ids)
+        apart = self.method.writes or self.method.evicts
+        read = max(0, len(ids) - ASKED) // grid * grid if apart else len(ids)
         named = self._named(ids[:read])
         if named and named[-1].end % PAGE_TOKENS:
             named.pop()
         context = self._known(ids[:-1], named)
-        with _closed_if_it_fails([context]):
+        with _closed_if_it_fails(held := [context]):
             at = len(context.ids)
             hidden = context.feed(ids[at:read], cancelled=cancelled)
             self._remember(context, named, at, keep)
             context.state.reading = False
             if read < len(ids):
+                context = held[0] = self.method.reduce(context, read)
                 hidden = context.feed(ids[read:], cancelled=cancelled)
         return context, hidden
 
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
         """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
 
-        `pads`: for each row, how many columns on the left are padding; only for contexts that are empty.
+        `pads`: for each row, how many columns on the left are padding; only where nothing is in the table.
         """
         with self.lock, torch.inference_mode():
             if len(contexts) == 1 and not pads:
@@ -205,7 +218,8 @@ class Engine:
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
             first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
-            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes)
+            pasts = [context.state.pasts[0] for context in contexts]
+            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes, pasts)
             hidden = self.body.forward(ids, state)
             for context in contexts:
                 context.state.settle()

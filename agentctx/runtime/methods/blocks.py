@@ -52,6 +52,10 @@ class BestBlocks(Sparse):
     def limit(self) -> int:
         return max(self.dense_below, self.budget)
 
+    @property
+    def joins(self) -> bool:
+        return super().joins and not self.guard  # a bracket is a share of all that is seen
+
     def serves(self, kv: LayerKV) -> bool:
         return super().serves(kv) and kv.index >= self.dense_layers
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from agentctx.kernels.records import Attention
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.layer import LayerKV
+
+if TYPE_CHECKING:
+    from agentctx.runtime.engine import Context
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Dense:
 
     name: ClassVar[str] = "dense"
     moves: ClassVar[bool] = False  # queries are turned to other positions: the layers' rotations are needed
+    evicts: ClassVar[bool] = False  # what was read is asked through a part of it
     endless: ClassVar[bool] = False  # no distance ever exceeds what the method names: texts may be longer
 
     @property
@@ -33,6 +37,15 @@ class Dense:
         """A text is read in pieces that end at multiples of so many tokens, or where it ends."""
         return PAGE_TOKENS
 
+    @property
+    def joins(self) -> bool:
+        """Whether its attention may be one part of several: what comes before a sequence is read whole."""
+        return not self.moves
+
     def attend(self, q: Tensor, kv: LayerKV) -> Attention:
         """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""
         return kv.exact(q)
+
+    def reduce(self, context: Context, tokens: int) -> Context:
+        """What a text of as many tokens is asked through, once it is read: takes the place of `context`."""
+        return context

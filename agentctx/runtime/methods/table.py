@@ -26,7 +26,17 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "flex": "flexprefill:FlexPrefill",
     }
 )
+EVICTORS: Mapping[str, str] = MappingProxyType(  # these read like dense, and ask a part of what was read
+    {
+        "snap": "snap:Snap",
+        "kvzip": "kvzip:KVZip",
+        "expected": "expected:Expected",
+        "keydiff": "keystats:KeyDiff",
+        "lagkv": "keystats:LagKV",
+    }
+)
 ANCHORS: Mapping[str, str] = MappingProxyType({"random": "random:Random"})  # to be beaten, not to be used
+EVICTING_ANCHORS: Mapping[str, str] = MappingProxyType({"randomtokens": "randomtokens:RandomTokens"})
 AUTO = "dense"  # for a model that no grid says more of, see `auto.py`
 
 
@@ -36,9 +46,10 @@ def place_of(text: str) -> str:
     Raises ConfigError for an unknown name.
     """
     name = text.partition(":")[0]
-    place = METHODS.get(AUTO if text == "auto" else name) or ANCHORS.get(name)
+    known = {**METHODS, **EVICTORS}
+    place = {**known, **ANCHORS, **EVICTING_ANCHORS}.get(AUTO if text == "auto" else name)
     if place is None:
-        raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(METHODS)}")
+        raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(known)}")
     return place
 
 
