@@ -25,6 +25,7 @@ from agentctx.runtime.engine import Context
 from agentctx.runtime.memory import is_out_of_memory
 from agentctx.runtime.sampling import Sampling, generate
 from agentctx.runtime.speculate import Speculation, draft_method
+from agentctx.workflows.ports import SOURCES
 
 DEFAULT_ANSWER = 512  # tokens, where the caller names no limit
 _PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill", "exact"})
@@ -33,6 +34,7 @@ _PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill", 
 @dataclass(frozen=True, slots=True)
 class _Request:
     prompt: list[int]
+    sources: tuple[str, ...]  # documents whose text it holds
     prefill: str
     most: int
     sampling: Sampling
@@ -47,7 +49,8 @@ class LocalChat(BaseChatModel):
     `prefill` the reply is made to begin with that text, which is part of what is returned. With `exact` a
     sparse attention method only drafts, and dense attention has the last word on every token: greedy answers
     only. `temperature`, `top_p`, `max_tokens`, `seed`, `prefill` and `exact` may also be given per call or
-    through `bind`.
+    through `bind`. What is kept of a prompt is listed under the documents that its messages name
+    (`workflows.ports.SOURCES`).
     """
 
     weights: Weights = Field(exclude=True, repr=False)
@@ -151,7 +154,9 @@ class LocalChat(BaseChatModel):
             raise overflow(len(prompt), most, self._room)
         sampling = Sampling(chosen["temperature"], chosen["top_p"], chosen["seed"])
         drafting = self._drafting(sampling) if chosen["exact"] else None
-        return _Request(prompt, chosen["prefill"], most, sampling, tuple(stop or self.stop or ()), drafting)
+        sources = tuple(name for message in messages for name in message.additional_kwargs.get(SOURCES, ()))
+        stops = tuple(stop or self.stop or ())
+        return _Request(prompt, sources, chosen["prefill"], most, sampling, stops, drafting)
 
     @property
     def _room(self) -> int:
@@ -186,6 +191,7 @@ class LocalChat(BaseChatModel):
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
         try:
+            self.weights.engine.name(request.prompt, request.sources)
             yield from self._answer(request, context, hidden, cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error

@@ -42,15 +42,18 @@ class LikelihoodReader:
         self._engine = engine
         self._tokenizer = tokenizer
 
-    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+    async def likelihood(
+        self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
+    ) -> Scores:
         """Mean log P(question token | text) for each text, without blocking the event loop.
 
+        What is kept of each text is listed under its `sources`, documents by name.
         Raises `InputError` (empty) for a blank question and `ModelError` (overflow) if a text and the
         question do not fit the model's window together.
         """
         abandoned = threading.Event()
         try:
-            return await asyncio.to_thread(self._likelihood, question, texts, abandoned)
+            return await asyncio.to_thread(self._likelihood, question, texts, sources, abandoned)
         except asyncio.CancelledError:
             abandoned.set()  # the thread ends after the batch in hand
             raise
@@ -61,7 +64,13 @@ class LikelihoodReader:
         asked = len(self._question(question))
         return sum(len(ids) - 1 + asked for ids in contexts.values())
 
-    def _likelihood(self, question: str, texts: Sequence[str], abandoned: threading.Event) -> Scores:
+    def _likelihood(
+        self,
+        question: str,
+        texts: Sequence[str],
+        sources: Sequence[Sequence[str]],
+        abandoned: threading.Event,
+    ) -> Scores:
         asked = self._question(question)
         contexts = self._contexts(texts)
         window = self._engine.body.window
@@ -91,6 +100,8 @@ class LikelihoodReader:
             finally:
                 for context in held:
                     context.close()
+        for text, documents in zip(texts, sources, strict=False):
+            self._engine.name(contexts[text][:-1], documents)
         return Scores(tuple(values[text] for text in texts), computed, reused, tuple(warnings))
 
     def _question(self, question: str) -> list[int]:

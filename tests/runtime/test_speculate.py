@@ -153,8 +153,10 @@ def test_drafts_are_as_long_as_they_pay() -> None:
 # One of each kind of body and layer: ours, softcap with windows, sinks with windows, no rotation.
 KINDS = [
     "llama",
-    "qwen3",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma2", "gpt-oss", "smollm3", "cohere")),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("qwen3", "gemma2", "gpt-oss", "smollm3", "cohere")
+    ),
 ]
 
 
@@ -170,7 +172,9 @@ def test_a_thousand_tokens_are_those_of_greedy_decoding(kind: str) -> None:
     how = Speculation(Quest(budget=448, dense_layers=0, dense_below=0), pace=Always())
     plain = plainly(engine_of(body), ids, 1000)
     assert drafted(engine_of(body), ids, 1000, how) == plain
-    assert 0 < how.accepted_tokens < how.draft_tokens
+    assert 0 < how.accepted_tokens <= how.draft_tokens
+    if kind in ("llama", "qwen3"):  # the others come to repeat one token
+        assert how.accepted_tokens < how.draft_tokens
 
 
 def test_a_draft_that_does_not_pay_is_given_up(tiny: LlamaDecoder, other: LlamaDecoder) -> None:

@@ -10,14 +10,17 @@ import torch
 from langchain_core.messages import AIMessage, HumanMessage
 
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.owners import forget, owned
 from agentctx.models.load import open_model
 from agentctx.models.local import LocalChat
+from agentctx.models.reader import LikelihoodReader
 from agentctx.models.tokenizer import Tokenizer
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.table import method
+from agentctx.workflows.ports import SOURCES
 
 SPARSE = "quest:budget=448,dense_below=0,dense_layers=0"
 LONG = [HumanMessage("The court of appeal ruled on the third of May, 1921. " * 12)]  # 650 tokens of 1,024
@@ -104,3 +107,22 @@ def test_attention_without_end_reads_beyond_the_window(tiny_model: Path) -> None
     lowered.context = 512  # what the user asked for holds
     with pytest.raises(ModelError, match="512"):
         lowered.invoke(longer)
+
+
+async def test_what_is_kept_is_listed_under_its_documents(tiny_model: Path, tmp_path: Path) -> None:
+    weights = Weights.load(tiny_model, name="tiny", kv=tmp_path)
+    store = weights.engine.store
+    assert store is not None
+    local = LocalChat(weights=weights, model_name="tiny", context=1024, max_tokens=2)
+    message = HumanMessage(LONG[0].content, additional_kwargs={SOURCES: ["a.txt"]})
+    await local.ainvoke([message])
+    reader = LikelihoodReader(weights.engine, weights.tokenizer)
+    texts = ["The light is kept by Tobias Renn. " * 3, "Geese return in autumn, says the warden. " * 3]
+    await reader.likelihood("who?", texts, [["a.txt"], ["a.txt", "b.txt"]])
+    found = {one.document: one for one in owned(store.shelf)}
+    kept = len(list(store.folder.glob("*/*.kv")))
+    assert found["a.txt"].blocks == kept and 0 < found["b.txt"].blocks < kept
+    forget(store.shelf, ["a.txt"])
+    assert {one.document for one in owned(store.shelf)} == {"b.txt"}
+    again = await reader.likelihood("who?", texts)  # pages in memory still serve
+    assert len(again.values) == 2
