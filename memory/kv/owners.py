@@ -101,7 +101,11 @@ def _files(root: Path) -> list[tuple[Path, str, list[Path]]]:
     for path in sorted(root.glob(f"*/{FOLDER}/*.names")):
         with suppress(OSError, ValueError):  # a list that cannot be read names nothing
             head, *names = path.read_text().splitlines()
-            blocks = [path.parent.parent / name[:2] / f"{name}{SUFFIX}" for name in dict.fromkeys(names)]
+            blocks = [
+                path.parent.parent / name[:2] / f"{name}{SUFFIX}"
+                for name in dict.fromkeys(names)
+                if name.isalnum()
+            ]
             found.append((path, str(json.loads(head)), [block for block in blocks if block.exists()]))
     return found
 
