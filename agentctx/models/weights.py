@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -94,7 +94,7 @@ class Weights:
             dtype, device = _choose_device()
             chosen = method(attention)
             content = identity.result()  # before anything of the files is used
-            body, tokenizer = _read(folder, dtype, device, name)
+            body, tokenizer = _read(folder, dtype, device, name, beside)
         identified_by = f"{LOADER} {content} {dtype}"
         if _can_quantise(body, linears, measured, name):
             from agentctx.models.int4 import quantise
@@ -114,12 +114,16 @@ def go_offline() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def _read(folder: Path, dtype: torch.dtype, device: str, name: str) -> tuple[Body, Tokenizer]:
+def _read(
+    folder: Path, dtype: torch.dtype, device: str, name: str, beside: Executor
+) -> tuple[Body, Tokenizer]:
     from safetensors import SafetensorError
 
     try:
         with _memory_errors(name):
-            return _read_body(folder, dtype, device), Tokenizer.load(folder)
+            body = beside.submit(_read_body, folder, dtype, device)
+            tokenizer = Tokenizer.load(folder)
+            return body.result(), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {name} cannot be loaded from {folder}: {_first_line(error)}",
