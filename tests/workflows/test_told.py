@@ -86,8 +86,9 @@ def test_brackets_add_up_by_rows() -> None:
 
 
 def test_a_model_is_told_whose_text_it_reads(folder: Path) -> None:
-    chat, reader = Telling(reply=reply, told={}), Listening()
-    opened = Context.open(list(TEXTS), model=scripted_model(chat, reader=reader), ephemeral=True)
+    chat, reader = Telling(reply=lambda messages: "Renn", told={}), Listening()
+    model = scripted_model(chat, reader=reader, tiers=frozenset({"reads"}))  # it has sentences picked for it
+    opened = Context.open(list(TEXTS), model=model, ephemeral=True)
     opened.ask("Who keeps the light?", strategy="spans")
     assert chat.sources and all(set(names) <= set(TEXTS) and names for names in chat.sources)
     assert reader.sources
