@@ -68,6 +68,7 @@ class Context:
         base_url: str | None = None,
         window: int | None = None,
         attention: str = "auto",
+        exact: bool = False,
         linears: Linears = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
@@ -83,7 +84,8 @@ class Context:
         `sources`: files, directories, "-" for `stdin`, or `Document`s; `text`: a text itself. `model`: a name
         from `agentctx models ls`, a folder, a hub id, or "openai:NAME" with `base_url`; or an opened `Model`.
         `window`: use at most this many tokens of the model's context. `attention`: how a local model reads
-        long texts, such as "quest:budget=2048"; "auto" is dense for now. `linears`: the weights that a local
+        long texts, such as "quest:budget=2048"; "auto" is dense for now. `exact`: a sparse method only drafts
+        answers, dense attention has the last word on each token. `linears`: the weights that a local
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
         `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
         is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
@@ -101,6 +103,7 @@ class Context:
                 "base_url": base_url,
                 "window": window,
                 "attention": attention,
+                "exact": exact,
                 "linears": linears,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,

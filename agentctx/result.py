@@ -63,6 +63,16 @@ class Note(Part):
     message: str
 
 
+class Bracket(Part):
+    """What a sparse attention left out: bounds of the mean share, the highest bound, rows attended again."""
+
+    rows: int
+    low: float
+    high: float
+    worst: float
+    fallbacks: int
+
+
 class Read(Part):
     """What became of the input, in tokens."""
 
@@ -73,6 +83,7 @@ class Read(Part):
     failed: list[Stretch]
     not_forwarded: int
     skipped: list[Note]
+    attention: Bracket | None = None
 
 
 class Spent(Part):
@@ -87,6 +98,8 @@ class Spent(Part):
     seconds: float
     computed_tokens: int
     reused_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class Limit(Part):

@@ -37,7 +37,8 @@ async def execute(
     run.trace.emit("run.start", task=run.scope.task.kind, strategy=strategy.name)
     async with _saver(folder) as saver:
         answer = await _answer(run, strategy, saver, thread)
-    answer = replace(answer, coverage=replace(answer.coverage, skipped=corpus.skipped))
+    covered = replace(answer.coverage, skipped=corpus.skipped, attention=run.left_out)
+    answer = replace(answer, coverage=covered)
     run.trace.emit("run.end", status=answer.status)
     return answer
 

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
     memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
     attention: str = "auto"
+    exact: bool = False  # a sparse attention only drafts; answers are those of dense attention
     linears: Linears = "auto"
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None

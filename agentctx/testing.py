@@ -132,7 +132,9 @@ class ScriptedReader:
         each = self._counter.count_text(question)
         return sum(self._counter.count_text(text) + each for text in texts)
 
-    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+    async def likelihood(
+        self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
+    ) -> Scores:
         self.looked += texts
         values = tuple(self.score(question, text) for text in texts)
         return Scores(values, self.likelihood_cost(question, texts), 0)

@@ -55,7 +55,7 @@ def windows(data: Path, weights: Weights, count: int) -> Iterator[tuple[str, lis
         "wikipedia": "\n\n".join(dict.fromkeys(row["context"] for row in rows)),
     }
     for kind, text in texts.items():
-        ids: list[int] = weights.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = weights.tokenizer.encode(text)
         for start in np.linspace(0, len(ids) - WINDOW, count // len(texts), dtype=int):
             yield kind, ids[start : start + WINDOW]
 

@@ -278,7 +278,8 @@ def interval(values: Sequence[float]) -> Table:
 async def measure(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    reader = LikelihoodReader(Weights.load(args.model, name=args.model.name).engine, tokenizer)
+    weights = Weights.load(args.model, name=args.model.name)
+    reader = LikelihoodReader(weights.engine, weights.tokenizer)
     writer = Writer(model, tokenizer)
     items = load(args.data, args.questions)
     begun = time.perf_counter()

@@ -165,6 +165,8 @@ class Usage:
     retried: int = 0  # calls that were second or later attempts
     computed_tokens: int = 0
     reused_tokens: int = 0
+    draft_tokens: int = 0  # of exact answers: guessed by sparse attention,
+    accepted_tokens: int = 0  # and those of them that dense attention agreed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,29 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The share of attention that a sparse method left out, as a guard brackets it: over `rows` of heads and
+    tokens the mean is between `low` and `high`, and no row's can exceed `worst`; `fallbacks` rows were
+    attended densely after all.
+    """
+
+    rows: int
+    low: float
+    high: float
+    worst: float
+    fallbacks: int
+
+    def __add__(self, other: LeftOut) -> LeftOut:
+        rows = self.rows + other.rows
+        low, high = (
+            (one * self.rows + two * other.rows) / rows
+            for one, two in ((self.low, other.low), (self.high, other.high))
+        )
+        worst = max(self.worst, other.worst)
+        return LeftOut(rows, low, high, worst, self.fallbacks + other.fallbacks)
+
+
+@dataclass(frozen=True, slots=True)
 class Coverage:
     """What became of the input, in tokens: read + tokens of unread + tokens of failed = total."""
 
@@ -217,6 +242,7 @@ class Coverage:
     failed: tuple[Span, ...] = ()
     not_forwarded: int = 0  # evidence items that did not fit the next step
     skipped: tuple[Notice, ...] = ()  # sources that could not be read at all
+    attention: LeftOut | None = None  # of a sparse method with a guard, over the calls that were not cached
 
 
 @dataclass(frozen=True, slots=True)

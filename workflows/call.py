@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from agentctx.memory.types import Failure
 from agentctx.workflows.cache import call_key
+from agentctx.workflows.ports import SOURCES
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.send import Attempt, attempt_call
@@ -67,6 +68,9 @@ async def _attempts(
     run: RunContext, role: Role, question: str, pieces: Pieces, key: str, *, finishing: bool, stream: bool
 ) -> Record | Failure:
     messages = role.render(question, pieces, run.scope.tag)
+    messages[-1].additional_kwargs[SOURCES] = sorted(
+        {label for label, _ in pieces}.intersection(run.scope.labels())
+    )
     tokens = run.scope.prompt_tokens(messages)
     context = run.scope.profile.context
     repaired = False

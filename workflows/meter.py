@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 
@@ -28,7 +29,10 @@ class MeteredReader:
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         return self._reader.likelihood_cost(question, texts)
 
-    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+    async def likelihood(
+        self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
+    ) -> Scores:
+        """As the reader's; the sources are found in the run's documents."""
         keys = [self._key(question, text) for text in texts]
         known: dict[str, float] = self._run.cache.get_many(keys)
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
@@ -56,7 +60,8 @@ class MeteredReader:
             raise Refused("budget")
         actual = worst
         try:
-            scores = await reader.likelihood(question, texts)
+            sources = await asyncio.to_thread(lambda: [run.scope.holders(text) for text in texts])
+            scores = await reader.likelihood(question, texts, sources)
             actual = Cost(0, scores.computed_tokens, 0)
         finally:
             run.ledger.settle(reservation, actual)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from langchain_core.messages import BaseMessage
 
+SOURCES = "agentctx_sources"  # in a message's additional_kwargs: names of the documents whose text it holds
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -39,8 +41,12 @@ class Counter(Protocol):
 class Reader(Protocol):
     """What only a local model runtime can do: look at text without generating."""
 
-    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+    async def likelihood(
+        self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
+    ) -> Scores:
         """Mean log P(question token | text): how well each text predicts the question.
+
+        `sources`, if given, names for each text the documents that hold it.
 
         The KV of each text is computed once in the life of the reader, within its memory budget.
         """

@@ -12,7 +12,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 
 from agentctx.memory.errors import ModelError
-from agentctx.memory.types import Budget, Cost, Failure, Notice, Plan, Usage
+from agentctx.memory.types import Budget, Cost, Failure, LeftOut, Notice, Plan, Usage
 from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.cost import without_retries
 from agentctx.workflows.ledger import Ledger, limit_of
@@ -77,6 +77,9 @@ class RunContext:
     retried: int = 0
     reused: int = 0  # tokens of prompts and scored texts whose keys and values were held
     uncomputed: int = 0  # those of them that are input tokens: the prompts'
+    drafted: int = 0
+    accepted: int = 0
+    left_out: LeftOut | None = None  # of attention, where a guard looks
     succeeded: int = 0
     seen: State = field(default_factory=lambda: State())  # what the nodes gave so far, for a cancelled run
     dead: Failure | None = None  # set when the model cannot be reached at all
@@ -130,6 +133,8 @@ class RunContext:
             self.retried,
             spent.input_tokens - self.uncomputed,
             self.reused,
+            self.drafted,
+            self.accepted,
         )
 
     def warn(self, code: str, message: str, source: str = "") -> None:

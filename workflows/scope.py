@@ -62,6 +62,14 @@ class Scope:
     def label(self, span: Span) -> str:
         return self.documents[span.document_id].source
 
+    def holders(self, text: str) -> list[str]:
+        """The sources of the documents that hold `text`, or else its last line: it may have got a heading."""
+        line = text.rpartition("\n")[2]
+        for piece in (text, line) if line else (text,):
+            if found := [one.source for one in self.documents.values() if piece in one.text]:
+                return found
+        return []
+
     def labels(self) -> list[str]:
         return [document.source for document in self.documents.values()]
 

@@ -10,7 +10,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import message_chunk_to_message
 
 from agentctx.memory.errors import ModelError
-from agentctx.memory.types import Cost, Failure, FailureKind
+from agentctx.memory.types import Cost, Failure, FailureKind, LeftOut
 from agentctx.workflows.roles import Role
 from agentctx.workflows.run import RunContext
 
@@ -148,12 +148,20 @@ async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], 
 
 
 def _note(run: RunContext, reply: AIMessage) -> None:
-    """What the model says of itself: how much of the prompt it knew, and what failed on the way."""
+    """What the model says of itself: how much of the prompt it knew, how it came to its answer, and what
+    failed on the way.
+    """
     details = reply.usage_metadata.get("input_token_details", {}) if reply.usage_metadata else {}
     known = details.get("cache_read", 0)
     run.reused += known
     run.uncomputed += known
-    for warning in reply.response_metadata.get("warnings", ()):
+    told = reply.response_metadata
+    run.drafted += told.get("draft_tokens", 0)
+    run.accepted += told.get("accepted_tokens", 0)
+    if "attention" in told:
+        found = LeftOut(**told["attention"])
+        run.left_out = run.left_out + found if run.left_out else found
+    for warning in told.get("warnings", ()):
         run.warn("kv", str(warning))
 
 

@@ -18,34 +18,54 @@ app = typer.Typer(help="What local models have read, kept so that it is not read
 
 @app.command("ls")
 def ls(json: Json = False) -> None:
-    """List what is kept, by model."""
+    """List what is kept, by model and by document."""
     from agentctx.cli.render import columns
+    from agentctx.memory.kv.owners import owned
     from agentctx.memory.kv.shelf import Shelf
 
-    held = Shelf(Paths.default().kv, budget=0).held()
-    rows = [(one.name, one.model, f"{one.tokens}", f"{one.bytes / 1e6:.1f}", _when(one.used)) for one in held]
-    lines = columns([("model", "id", "tokens", "MB", "last used"), *rows])
-    show({"kv": [asdict(one) for one in held]}, lines, "kv ls", as_json=json)
+    shelf = Shelf(Paths.default().kv, budget=0)
+    held, documents = shelf.held(), owned(shelf)
+    models = [
+        (one.name, one.model, f"{one.tokens}", f"{one.bytes / 1e6:.1f}", _when(one.used)) for one in held
+    ]
+    lines = columns([("model", "id", "tokens", "MB", "last used"), *models])
+    if documents:
+        rows = [
+            (one.document, ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
+            for one in documents
+        ]
+        lines = [*lines, "", *columns([("document", "model", "MB", "last used"), *rows])]
+    found = {"kv": [asdict(one) for one in held], "documents": [asdict(one) for one in documents]}
+    show(found, lines, "kv ls", as_json=json)
 
 
 @app.command("rm")
 def rm(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="A name or id that `kv ls` lists.")
+    documents: Annotated[
+        list[str] | None, typer.Argument(metavar="[DOCUMENT]...", help="As `kv ls` lists it.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="What is kept for every model.")] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="What is kept for a model, by name or id.", metavar="MODEL")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete what is kept; it is read again when it is needed."""
+    """Delete what is kept; it is read again when it is needed.
+
+    Of a document goes what no other document shares with it.
+    """
+    from agentctx.memory.kv.owners import forget, owned
     from agentctx.memory.kv.shelf import Shelf
 
-    if every == bool(models):
-        raise ConfigError("name models, or pass --all", hint="agentctx kv ls")
+    if [bool(documents), bool(model), every].count(True) != 1:
+        raise ConfigError("name documents, or pass --model or --all", hint="agentctx kv ls")
     shelf = Shelf(Paths.default().kv, budget=0)
-    known = {name for one in shelf.held() for name in (one.name, one.model)}
-    if unknown := sorted(set(models or ()) - known):
+    known = {one.document for one in owned(shelf)} if documents else set()
+    if model:
+        known = {name for one in shelf.held() for name in (one.name, one.model)}
+    if unknown := sorted({*(documents or ()), *(model or ())} - known):
         raise InputError(f"nothing is kept for {unknown[0]!r}", code="not_found", hint="agentctx kv ls")
-    freed = shelf.remove(None if every else models)
+    freed = forget(shelf, documents) if documents else shelf.remove(None if every else model)
     show({"freed": freed}, [f"{freed / 1e6:.1f} MB freed"], "kv rm", as_json=json)
 
 

@@ -20,14 +20,22 @@ Name = Annotated[str, typer.Argument(help="As `agentctx models ls` lists it.", s
 
 @app.command("ls")
 def ls(json: Json = False) -> None:
-    """List the models, with window, size and hash."""
+    """List the models, with the window, what of it is read reliably, size and hash."""
     from agentctx.cli.render import columns
     from agentctx.models.catalog import installed
 
     models = installed(Paths.default())
-    head = ("name", "here", "window", "MB", "licence", "sha256")
+    head = ("name", "here", "window", "reliable", "MB", "licence", "sha256")
     rows = [
-        (m.name, "yes" if m.ready else "no", f"{m.context}", f"{m.size / 1e6:.0f}", m.licence, m.sha256)
+        (
+            m.name,
+            "yes" if m.ready else "no",
+            f"{m.context}",
+            f"{m.reliable or 'unknown'}",
+            f"{m.size / 1e6:.0f}",
+            m.licence,
+            m.sha256,
+        )
         for m in models
     ]
     show({"models": [asdict(m) for m in models]}, columns([head, *rows]), "models ls", as_json=json)

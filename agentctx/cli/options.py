@@ -70,6 +70,14 @@ class Options(OutputOptions):
             metavar="NAME[:K=V,...]",
         ),
     ] = None
+    exact: Annotated[
+        bool | None,
+        Option(
+            "--exact/--no-exact",
+            help="Sparse attention drafts, dense attention decides every token.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     strategy: Annotated[
         str | None, Option(help="auto, or one named in the README.", rich_help_panel=MODEL, metavar="NAME")
     ] = None

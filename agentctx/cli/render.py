@@ -79,6 +79,11 @@ def _coverage(coverage: Coverage) -> str:
         parts.append(f"{len(coverage.failed)} spans failed")
     if coverage.not_forwarded:
         parts.append(f"{coverage.not_forwarded} findings did not fit")
+    if coverage.attention:
+        left = coverage.attention
+        parts.append(
+            f"attention left out {left.low:.0%} to {left.high:.0%}, {left.fallbacks} rows read again"
+        )
     if coverage.skipped:
         parts.append(f"{len(coverage.skipped)} sources skipped")
     return ", ".join(parts)

@@ -159,6 +159,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         base_url=settings.base_url,
         window=settings.window,
         attention=settings.attention,
+        exact=settings.exact,
         linears=settings.linears,
         selection=selection,
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,

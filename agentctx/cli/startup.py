@@ -1,6 +1,6 @@
-"""Start quickly: importing torch and transformers makes a million objects that all stay.
+"""Start quickly: importing torch and LangChain makes a million objects that all stay.
 
-The collector would look at them again and again while they are made, which takes half a second.
+The collector would look at them again and again while they are made, and whenever it looks at everything.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_resting() -> Iterator[None]:
-    """No garbage collection inside."""
+    """No garbage collection inside; what is there at the end is never looked at again, in a process that ends
+    with its command.
+    """
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()

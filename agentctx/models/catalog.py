@@ -30,6 +30,7 @@ class Installed:
     name: str
     ready: bool  # False: it would be fetched at its first use
     context: int  # tokens
+    reliable: int | None  # of them, that it reads well; None: not known
     size: int  # bytes on disk, or of the download where not ready
     sha256: str  # of the published file
     licence: str
@@ -133,4 +134,12 @@ def _ready(entry: Entry, paths: Paths) -> Path:
 
 def _row(entry: Entry, manifest: Manifest | None) -> Installed:
     size = entry.wheel.size if manifest is None else manifest.size + entry.gguf.size
-    return Installed(entry.name, manifest is not None, entry.context, size, entry.gguf.sha256, entry.licence)
+    return Installed(
+        entry.name,
+        manifest is not None,
+        entry.context,
+        entry.reliable,
+        size,
+        entry.gguf.sha256,
+        entry.licence,
+    )

@@ -45,6 +45,7 @@ class Loading:
 
     window: int | None
     attention: str
+    exact: bool
     linears: Linears
     kv_bytes: int
     memory_bytes: int | None
@@ -58,6 +59,7 @@ def open_model(
     offline: bool = False,
     window: int | None = None,
     attention: str = "auto",
+    exact: bool = False,
     linears: Linears = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
@@ -66,7 +68,8 @@ def open_model(
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
 
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
-    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `linears` chooses the
+    download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`; with `exact` a sparse
+    method only drafts answers, which are those of dense attention. `linears` chooses the
     weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
     that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
     nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
@@ -74,10 +77,11 @@ def open_model(
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
-    how = Loading(window, attention, linears, kv_bytes, memory_bytes)
+    how = Loading(window, attention, exact, linears, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
-        if attention != "auto":
-            raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
+        if attention != "auto" or exact:
+            what = "exact" if exact else repr(attention)
+            raise ConfigError(f"the attention of an endpoint cannot be chosen: {what}")
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
@@ -141,8 +145,9 @@ def _open_folder(
             raise ConfigError(
                 f"a window of {context} tokens is more than the {weights.context} that {name} takes"
             )
-        profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
-        model = _assemble(weights, profile if entry is None else _measured(profile, entry))
+        fingerprint = weights.fingerprint + " exact" * how.exact
+        profile = ModelProfile(name=name, kind="local", fingerprint=fingerprint, context=context)
+        model = _assemble(weights, profile if entry is None else _measured(profile, entry), exact=how.exact)
         return replace(model, warnings=tuple(Notice("model", line, name) for line in said))
 
 
@@ -162,12 +167,12 @@ def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
     return replace(profile, reliable=entry.reliable, tiers=entry.tiers, rate_in=900.0, rate_out=18.0)
 
 
-def _assemble(weights: Weights, profile: ModelProfile) -> Model:
+def _assemble(weights: Weights, profile: ModelProfile, *, exact: bool) -> Model:
     from agentctx.models.counters import TemplateCounter
     from agentctx.models.local import LocalChat
     from agentctx.models.reader import LikelihoodReader
 
-    chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context)
+    chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context, exact=exact)
     reader = LikelihoodReader(weights.engine, weights.tokenizer)
     return Model(chat, profile, TemplateCounter(chat.template), reader)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -23,26 +24,33 @@ from agentctx.models.weights import Weights
 from agentctx.runtime.engine import Context
 from agentctx.runtime.memory import is_out_of_memory
 from agentctx.runtime.sampling import Sampling, generate
+from agentctx.runtime.speculate import Speculation, draft_method
+from agentctx.workflows.ports import SOURCES
 
 DEFAULT_ANSWER = 512  # tokens, where the caller names no limit
-_PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill"})
+_PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill", "exact"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     prompt: list[int]
+    sources: tuple[str, ...]  # documents whose text it holds
     prefill: str
     most: int
     sampling: Sampling
     stop: tuple[str, ...]
+    drafting: Speculation | None  # of an exact answer
 
 
 class LocalChat(BaseChatModel):
     """Greedy by default, streaming, with exact usage; several calls at once take turns token by token.
 
     A prompt that leaves no room for `max_tokens` raises `ContextOverflow`; nothing is ever cut. With
-    `prefill` the reply is made to begin with that text, which is part of what is returned. `temperature`,
-    `top_p`, `max_tokens`, `seed` and `prefill` may also be given per call or through `bind`.
+    `prefill` the reply is made to begin with that text, which is part of what is returned. With `exact` a
+    sparse attention method only drafts, and dense attention has the last word on every token: greedy answers
+    only. `temperature`, `top_p`, `max_tokens`, `seed`, `prefill` and `exact` may also be given per call or
+    through `bind`. What is kept of a prompt is listed under the documents that its messages name
+    (`workflows.ports.SOURCES`).
     """
 
     weights: Weights = Field(exclude=True, repr=False)
@@ -54,12 +62,15 @@ class LocalChat(BaseChatModel):
     stop: list[str] | None = None
     seed: int | None = None
     prefill: str = ""
+    exact: bool = False
     _template: ChatTemplate = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
         """Refuse a model without a chat template at once."""
         super().model_post_init(context)
         self._template = ChatTemplate(self.weights.tokenizer)
+        if self.exact:
+            draft_method(self.weights.engine.method)
 
     @property
     def template(self) -> ChatTemplate:
@@ -72,7 +83,7 @@ class LocalChat(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model_name", "max_tokens", "temperature", "top_p", "stop", "seed", "prefill")
+        names = ("model_name", "max_tokens", "temperature", "top_p", "stop", "seed", "prefill", "exact")
         return {"fingerprint": self.weights.fingerprint} | {name: getattr(self, name) for name in names}
 
     def _generate(
@@ -133,16 +144,33 @@ class LocalChat(BaseChatModel):
             )
         chosen = {name: options.get(name, getattr(self, name)) for name in _PER_CALL}
         prompt = self._template.encode(messages, prefill=chosen["prefill"])
-        left = self.context - len(prompt)
+        left = self._room - len(prompt)
         most = chosen["max_tokens"]
         if most is None:
             most = min(DEFAULT_ANSWER, max(left, 1))
         if most < 1:
             raise ConfigError(f"an answer of {most} tokens cannot be generated")
         if most > left:
-            raise overflow(len(prompt), most, self.context)
+            raise overflow(len(prompt), most, self._room)
         sampling = Sampling(chosen["temperature"], chosen["top_p"], chosen["seed"])
-        return _Request(prompt, chosen["prefill"], most, sampling, tuple(stop or self.stop or ()))
+        drafting = self._drafting(sampling) if chosen["exact"] else None
+        sources = tuple(name for message in messages for name in message.additional_kwargs.get(SOURCES, ()))
+        stops = tuple(stop or self.stop or ())
+        return _Request(prompt, sources, chosen["prefill"], most, sampling, stops, drafting)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of prompt and answer: the window, unless the attention has no end and nobody lowered it."""
+        endless = self.weights.engine.method.endless and self.context >= self.weights.context
+        return sys.maxsize if endless else self.context
+
+    def _drafting(self, sampling: Sampling) -> Speculation:
+        if sampling.temperature > 0:
+            raise ConfigError(
+                f"exact answers are greedy: a temperature of {sampling.temperature} goes without them",
+                hint="leave temperature or exact out",
+            )
+        return Speculation(draft_method(self.weights.engine.method))
 
     def _complete(self, request: _Request, cancelled: threading.Event) -> ChatResult:
         chunks = list(self._chunks(request, cancelled))
@@ -163,6 +191,7 @@ class LocalChat(BaseChatModel):
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
         try:
+            self.weights.engine.name(request.prompt, request.sources)
             yield from self._answer(request, context, hidden, cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
@@ -176,15 +205,7 @@ class LocalChat(BaseChatModel):
 
         decoder, text = DecodeStream(skip_special_tokens=True), StopFilter(request.stop)
         count, reason, reused = 0, "length", context.reused
-        tokens = generate(
-            context,
-            hidden,
-            most=request.most,
-            ends=self.weights.ends,
-            sampling=request.sampling,
-            cancelled=cancelled,
-        )
-        for token in tokens:
+        for token in self._tokens(request, context, hidden, cancelled):
             count += 1
             if token in self.weights.ends:
                 reason = "stop"
@@ -196,15 +217,28 @@ class LocalChat(BaseChatModel):
                 break
         if rest := text.flush():
             yield _text_chunk(rest)
-        yield self._last_chunk(len(request.prompt), reused, count, reason, context.warnings)
+        yield self._last_chunk(request, context, reused, count, reason)
+
+    def _tokens(
+        self, request: _Request, context: Context, hidden: Tensor | None, cancelled: threading.Event
+    ) -> Iterator[int]:
+        most, ends = request.most, self.weights.ends
+        if request.drafting:
+            return request.drafting.generate(context, hidden, most=most, ends=ends, cancelled=cancelled)
+        return generate(context, hidden, most=most, ends=ends, sampling=request.sampling, cancelled=cancelled)
 
     def _explained(self, error: Exception) -> Exception:
         return out_of_memory(self.weights.name) if is_out_of_memory(error) else error
 
     def _last_chunk(
-        self, prompt: int, reused: int, answer: int, reason: str, warnings: list[str]
+        self, request: _Request, context: Context, reused: int, answer: int, reason: str
     ) -> ChatGenerationChunk:
-        told = {"warnings": warnings} if warnings else {}
+        prompt, drafting, coverage = len(request.prompt), request.drafting, context.state.notes[0].coverage
+        told: dict[str, Any] = {"warnings": context.warnings} if context.warnings else {}
+        if drafting:
+            told |= {"draft_tokens": drafting.draft_tokens, "accepted_tokens": drafting.accepted_tokens}
+        elif coverage.rows:
+            told["attention"] = coverage.told()
         message = AIMessageChunk(
             content="",
             response_metadata={"model_name": self.model_name, "finish_reason": reason, **told},

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 
 from agentctx.memory.errors import InputError, ModelError
+from agentctx.models.tokenizer import Tokenizer
 from agentctx.runtime.engine import Context, Engine
 from agentctx.workflows.ports import Scores
 
@@ -38,19 +38,22 @@ class LikelihoodReader:
     company a text is scored in.
     """
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
 
-    async def likelihood(self, question: str, texts: Sequence[str]) -> Scores:
+    async def likelihood(
+        self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
+    ) -> Scores:
         """Mean log P(question token | text) for each text, without blocking the event loop.
 
+        What is kept of each text is listed under its `sources`, documents by name.
         Raises `InputError` (empty) for a blank question and `ModelError` (overflow) if a text and the
         question do not fit the model's window together.
         """
         abandoned = threading.Event()
         try:
-            return await asyncio.to_thread(self._likelihood, question, texts, abandoned)
+            return await asyncio.to_thread(self._likelihood, question, texts, sources, abandoned)
         except asyncio.CancelledError:
             abandoned.set()  # the thread ends after the batch in hand
             raise
@@ -61,7 +64,13 @@ class LikelihoodReader:
         asked = len(self._question(question))
         return sum(len(ids) - 1 + asked for ids in contexts.values())
 
-    def _likelihood(self, question: str, texts: Sequence[str], abandoned: threading.Event) -> Scores:
+    def _likelihood(
+        self,
+        question: str,
+        texts: Sequence[str],
+        sources: Sequence[Sequence[str]],
+        abandoned: threading.Event,
+    ) -> Scores:
         asked = self._question(question)
         contexts = self._contexts(texts)
         window = self._engine.body.window
@@ -91,26 +100,23 @@ class LikelihoodReader:
             finally:
                 for context in held:
                     context.close()
+        for text, documents in zip(texts, sources, strict=False):
+            self._engine.name(contexts[text][:-1], documents)
         return Scores(tuple(values[text] for text in texts), computed, reused, tuple(warnings))
 
     def _question(self, question: str) -> list[int]:
         if not question.strip():
             raise InputError("the question is empty", code="empty", hint="ask something")
-        return self._encode(f" {question.strip()}")
+        return self._tokenizer.encode(f" {question.strip()}")
 
     def _contexts(self, texts: Sequence[str]) -> dict[str, list[int]]:
         """The tokens that stand before the question, per distinct text."""
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return {}
-        before = self._tokenizer("x").input_ids  # whatever the tokenizer opens a sequence with
-        opening = before[: before.index(self._encode("x")[0])]
-        after = self._encode(_AFTER)
-        encoded = self._tokenizer(distinct, add_special_tokens=False).input_ids
+        opening, after = self._tokenizer.opening, self._tokenizer.encode(_AFTER)
+        encoded = self._tokenizer.encode_all(distinct)
         return {text: [*opening, *ids, *after] for text, ids in zip(distinct, encoded, strict=True)}
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _ask(self, held: Sequence[Context], last: Sequence[Sequence[int]]) -> list[float]:
         """Mean log-probability of `last[i][1:]` after text i and `last[i][0]`; the contexts go on with

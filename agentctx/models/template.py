@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage
 
 from agentctx.memory.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from agentctx.models.jinja import compiled
+from agentctx.models.tokenizer import Tokenizer
 
 _ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 _ZERO_WIDTH_SPACE = "\u200b"
@@ -24,42 +23,38 @@ _ZERO_WIDTH_SPACE = "\u200b"
 class ChatTemplate:
     """A tokenizer with its chat template; safe to use from several threads."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
             raise ModelError(
                 "the model has no chat template",
                 hint="choose an instruction-tuned model; a base model cannot chat",
             )
-        fast: Any = tokenizer
         self.tokenizer = tokenizer
-        self.backend = fast.backend_tokenizer
-        controls = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
-        self._control = re.compile(
-            "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or r"(?!)"
-        )
+        self.backend = tokenizer.backend
+        try:
+            self._render = compiled(tokenizer.chat_template, tokenizer.specials)
+        except TemplateError as error:
+            raise ModelError(f"the model's chat template cannot be used: {error}") from error
+        controls = sorted(tokenizer.controls, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
 
     def encode(self, messages: Sequence[BaseMessage], *, prefill: str = "") -> list[int]:
         """The ids of the prompt up to where the model speaks, `prefill` being what it has already said."""
-        ids: list[int] = self.backend.encode(self.render(messages) + prefill, add_special_tokens=False).ids
-        return ids
+        return self.tokenizer.encode(self.render(messages) + prefill)
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of a bare text."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.tokenizer.encode(text)
 
     def render(self, messages: Sequence[BaseMessage]) -> str:
         """The prompt as text; ModelError `refused` if the template does not take such a conversation."""
-        from jinja2.exceptions import TemplateError
-
         turns = [{"role": _role(message), "content": self._content(message)} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return self._render(turns)
         except TemplateError as error:
             raise ModelError(
                 f"the model's chat template refuses the messages: {error}", code="refused"
             ) from error
-        return str(text)
 
     def _content(self, message: BaseMessage) -> str:
         blocks = message.content if isinstance(message.content, list) else []

@@ -1,9 +1,8 @@
 """A causal language model in memory: its tokenizer, and the engine that runs it.
 
 Reads a Hugging Face folder of safetensors; never a pickle, never code that ships with weights. Loading is
-kept short: the tokenizer is built from tokenizer.json directly (the class that AutoTokenizer looks up costs
-a second of imports and gives the same tokens), hashes are checked beside the import of torch, and a plain
-Llama is read by the runtime itself, without transformers' model code.
+kept short: hashes are checked beside the import of torch, and for a plain Llama transformers is not imported
+at all.
 """
 
 from __future__ import annotations
@@ -13,25 +12,24 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from agentctx.memory.errors import ConfigError, ModelError
-from agentctx.memory.kv.store import BlockStore
 from agentctx.models.manifest import Manifest
 from agentctx.models.table import Linears
+from agentctx.models.tokenizer import Tokenizer
 from agentctx.paths import KV_BYTES
-from agentctx.runtime.engine import Engine
 from agentctx.runtime.memory import is_out_of_memory, spare_bytes
 from agentctx.runtime.methods.table import method
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
     from agentctx.runtime.body import Body
+    from agentctx.runtime.engine import Engine
     from agentctx.runtime.llama import LlamaDecoder
 
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
@@ -41,9 +39,7 @@ _BLOCK = 1 << 20
 class Weights:
     """What `LocalChat` and a reader share. `ends`: the tokens that end an answer."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, ends: frozenset[int]
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, ends: frozenset[int]) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.name = name
@@ -92,10 +88,13 @@ class Weights:
         with ThreadPoolExecutor(1) as beside:
             identity = beside.submit(_identity, folder, verify)
             go_offline()
+            from agentctx.memory.kv.store import BlockStore  # torch comes with it
+            from agentctx.runtime.engine import Engine
+
             dtype, device = _choose_device()
             chosen = method(attention)
             content = identity.result()  # before anything of the files is used
-            body, tokenizer = _read(folder, dtype, device, name)
+            body, tokenizer = _read(folder, dtype, device, name, beside)
         identified_by = f"{LOADER} {content} {dtype}"
         if _can_quantise(body, linears, measured, name):
             from agentctx.models.int4 import quantise
@@ -115,12 +114,16 @@ def go_offline() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def _read(folder: Path, dtype: torch.dtype, device: str, name: str) -> tuple[Body, PreTrainedTokenizerBase]:
+def _read(
+    folder: Path, dtype: torch.dtype, device: str, name: str, beside: Executor
+) -> tuple[Body, Tokenizer]:
     from safetensors import SafetensorError
 
     try:
         with _memory_errors(name):
-            return _read_body(folder, dtype, device), _read_tokenizer(folder)
+            body = beside.submit(_read_body, folder, dtype, device)
+            tokenizer = Tokenizer.load(folder)
+            return body.result(), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {name} cannot be loaded from {folder}: {_first_line(error)}",
@@ -167,19 +170,6 @@ def _can_quantise(body: Body, linears: Linears, measured: Linears, name: str) ->
         )
     fast = body.shape.dtype == torch.bfloat16
     return able and (linears == "int4" or (linears == "auto" and measured == "int4" and fast))
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-    tokenizer: Any = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise ValueError("its tokenizer has no tokenizer.json")
-    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut texts in silence
-    tokenizer.backend_tokenizer.no_padding()
-    checked: PreTrainedTokenizerBase = tokenizer
-    return checked
 
 
 def _check_files(folder: Path) -> None:
@@ -236,11 +226,11 @@ def _sample(path: Path, blocks: int = 16) -> bytes:
     return digest.digest()
 
 
-def _end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     path = folder / "generation_config.json"
     named = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
     listed = named if isinstance(named, list) else [named]
-    return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+    return frozenset(int(token) for token in (*listed, tokenizer.end) if isinstance(token, int))
 
 
 @contextmanager

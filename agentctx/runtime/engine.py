@@ -206,6 +206,14 @@ class Engine:
                 hidden = context.feed(ids[read:], cancelled=cancelled)
         return context, hidden
 
+    def name(self, ids: Sequence[int], documents: Sequence[str]) -> None:
+        """Write down, for what is kept on disk of `ids`, which documents' text it is."""
+        if self.store is None or not documents:
+            return
+        blocks = [block.name for block in self._named(ids) if block.name in self.store]
+        for document in documents if blocks else ():
+            self.store.owners.name(document, blocks)
+
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
         """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
 

@@ -39,6 +39,19 @@ class Coverage:
         self.worst = max(self.worst, float(high.max()))
         self.fallbacks += fallbacks
 
+    def told(self) -> dict[str, float]:
+        """For a reply: `low` and `high` bound the mean share that a row and head left out, `worst` is the
+        highest upper bound of any. Of an empty one, rows 0.
+        """
+        rows = max(1, self.rows)
+        return {
+            "rows": self.rows,
+            "low": self.low / rows,
+            "high": self.high / rows,
+            "worst": self.worst,
+            "fallbacks": self.fallbacks,
+        }
+
 
 @dataclass(slots=True)
 class Notes:

@@ -18,19 +18,37 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from agentctx.memory.errors import ConfigError
 from agentctx.runtime.body import Body
 from agentctx.runtime.engine import Context
 from agentctx.runtime.layer import DECODE_TOKENS
+from agentctx.runtime.methods.blocks import BestBlocks
 from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.methods.quest import Quest
 
 MOST = DECODE_TOKENS - 1  # with the token before the draft, the exact pass is still a decode step
 FIRST = 3  # tokens of a draft while little is known
 ROUNDS = 3  # drafts before one is judged: the first pays for summaries and caches
+
+
+def draft_method(method: Dense) -> Dense:
+    """How to draft where answers are read by `method`: by itself, if it is sparse, else by quest.
+
+    Raises ConfigError for a method that changes what is stored: dense attention over that is not exact.
+    """
+    if method.writes:
+        raise ConfigError(
+            f"answers under {method.name} cannot be exact: it changes what is stored of a text",
+            hint="choose dense, quest, mean or adamas, or leave exact out",
+        )
+    if isinstance(method, BestBlocks):
+        return replace(method, guard="")  # a draft is verified in any case
+    return Quest() if method == Dense() else method
 
 
 @dataclass
@@ -86,12 +104,14 @@ class Speculation:
         ends: frozenset[int],
         cancelled: threading.Event,
     ) -> Iterator[int]:
-        """Yield what `sampling.generate` yields at temperature 0; the arguments are as there.
+        """Yield what `sampling.generate` yields at temperature 0 over dense attention, whatever the method of
+        `context`, which from now on is dense; the arguments are as there.
 
         An iterator that is closed early leaves tokens in `context` that it has not yielded, `MOST` at most.
         """
         if hidden is None or most < 1:
             return
+        context.state.method = Dense()
         token = int(context.engine.logits(hidden).argmax())
         yield token
         count, length = 1, 0  # the first round is a plain step, which tells what one costs

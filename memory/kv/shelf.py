@@ -124,6 +124,19 @@ class Shelf:
             ) from error
         return freed
 
+    def delete(self, paths: Iterable[Path]) -> int:
+        """Delete these files; returns the bytes freed. Raises StoreError (unwritable)."""
+        freed = 0
+        try:
+            with self._locked() as count:
+                freed = sum(_delete(path) for path in paths)
+                count.set(self.used_bytes)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
+            ) from error
+        return freed
+
     @contextmanager
     def _locked(self) -> Iterator[_Count]:
         """The count of bytes, to be changed by nobody else. Counted anew when first used."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from agentctx.kernels.quant import dequantize_pages, quantize_pages
 from agentctx.kernels.records import KVPages
 from agentctx.memory.errors import ConfigError, StoreError
+from agentctx.memory.kv.owners import Owners
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.shelf import SUFFIX, Shelf
 
@@ -40,6 +41,7 @@ class BlockStore:
             raise ConfigError(f"there is no KV codec {codec!r}", hint=f"known: {', '.join(CODECS)}")
         self.shelf = Shelf(root, budget=budget)
         self.folder = root / model
+        self.owners = Owners(self.folder)
         self.name = name or model
         self.codec = codec
 

@@ -9,6 +9,7 @@ import torch
 from agentctx.cli.main import run
 from agentctx.doctor import examine
 from agentctx.memory.errors import StoreError
+from agentctx.memory.kv.owners import owned
 from agentctx.memory.kv.store import BlockStore
 from agentctx.paths import Paths
 from agentctx.secret import kept_secret
@@ -57,7 +58,7 @@ def test_what_is_kept_is_listed_by_model(kept, capsys):
 
 @pytest.mark.parametrize("name", ["smollm2", "abc123"])
 def test_one_model_s_is_deleted_by_name_or_id(kept, capsys, name):
-    assert run(["kv", "rm", name, "--json"]) == 0
+    assert run(["kv", "rm", "--model", name, "--json"]) == 0
     assert said(capsys)["freed"] == kept[0]
     assert run(["kv", "ls", "--json"]) == 0
     assert [row["name"] for row in said(capsys)["kv"]] == ["other"]
@@ -69,10 +70,72 @@ def test_all_is_deleted_when_asked(kept, capsys):
     assert not list(Paths.default().kv.glob("*/*/*"))
 
 
-@pytest.mark.parametrize(("args", "code"), [([], 2), (["--all", "smollm2"], 2), (["nothing"], 3)])
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ([], 2),
+        (["--all", "a.txt"], 2),
+        (["--all", "--model", "smollm2"], 2),
+        (["nothing"], 3),
+        (["--model", "nothing"], 3),
+    ],
+)
 def test_what_is_meant_must_be_clear(kept, capsys, args, code):
     assert run(["kv", "rm", *args]) == code
     assert len(list(Paths.default().kv.glob("*/*/*.kv"))) == 2
+
+
+@pytest.fixture
+def documents(home):
+    """Two documents of one model: a block of each alone, one that they share, and one that nobody names."""
+    store = BlockStore(Paths.default().kv, "abc123", budget=1 << 30, name="smollm2")
+    for name in ("aa1", "bb1", "cc1", "dd1"):
+        store.put(name, *torch.randn(2, 2, 1, 64, 16))
+    store.owners.name("a.txt", ["aa1", "cc1"])
+    store.owners.name("b\n.txt", ["bb1", "cc1", "gone"])
+    return store
+
+
+def test_what_is_kept_is_listed_by_document(documents, capsys):
+    documents.owners.name("a.txt", ["aa1"])  # read again
+    BlockStore(documents.shelf.root, "abc123", budget=1).owners.name("a.txt", ["aa1"])  # by another process
+    size = next(documents.folder.glob("*/*.kv")).stat().st_size
+    assert run(["kv", "ls", "--json"]) == 0
+    rows = said(capsys)["documents"]
+    assert {(row["document"], row["blocks"], row["bytes"]) for row in rows} == {
+        ("a.txt", 2, 2 * size),
+        ("b\n.txt", 2, 2 * size),
+    }
+    assert rows[0]["document"] == "a.txt" and rows[0]["models"] == ["smollm2"]
+    assert run(["kv", "ls"]) == 0
+    assert "a.txt" in capsys.readouterr().out
+    assert all(path.stat().st_mode & 0o077 == 0 for path in documents.folder.glob("documents/*"))
+
+
+def test_of_a_document_goes_what_no_other_names(documents, capsys):
+    size = next(documents.folder.glob("*/*.kv")).stat().st_size
+    assert run(["kv", "rm", "a.txt", "--json"]) == 0
+    assert said(capsys)["freed"] >= size
+    assert [name in documents for name in ("aa1", "bb1", "cc1", "dd1")] == [False, True, True, True]
+    assert run(["kv", "ls", "--json"]) == 0
+    assert [row["document"] for row in said(capsys)["documents"]] == ["b\n.txt"]
+    assert run(["kv", "rm", "a.txt"]) == 3
+    assert run(["kv", "rm", "b\n.txt"]) == 0
+    assert [name in documents for name in ("bb1", "cc1", "dd1")] == [False, False, True]
+
+
+def test_a_document_is_named_again_after_it_was_deleted(documents):
+    assert run(["kv", "rm", "a.txt"]) == 0
+    documents.put("aa1", *torch.randn(2, 2, 1, 64, 16))
+    documents.owners.name("a.txt", ["aa1"])
+    assert {one.document for one in owned(documents.shelf)} == {"a.txt", "b\n.txt"}
+
+
+def test_a_damaged_list_names_nothing(documents, capsys):
+    for path in documents.folder.glob("documents/*"):
+        path.write_bytes(b"\xff{")
+    assert run(["kv", "ls", "--json"]) == 0
+    assert said(capsys)["documents"] == []
 
 
 def test_paths_and_doctor_show_its_place_and_size(kept, capsys):

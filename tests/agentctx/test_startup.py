@@ -61,6 +61,26 @@ def test_completion_loads_nothing_heavy() -> None:
     assert "typer" in loaded and not loaded.intersection(HEAVY)
 
 
+def test_a_plain_model_answers_without_transformers(tiny_model: Path) -> None:
+    """It takes a third of the time in which a command should have begun."""
+    code = """
+import sys
+from agentctx.models.load import open_model
+from agentctx.paths import Paths
+model = open_model(sys.argv[1], paths=Paths.default(), kv_bytes=0)
+model.counter.count_text("x")
+print(model.chat.invoke("Which court ruled?", max_tokens=3).usage_metadata["output_tokens"])
+print([name for name in ("transformers", "langgraph", "openai", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_model)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.split("\n")[1:2] == ["[]"], done.stdout + done.stderr
+
+
 def test_the_module_runs_as_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "agentctx", "--version"], capture_output=True, text=True, cwd=ROOT

@@ -369,7 +369,7 @@ CHILD = """
     from agentctx.models.weights import Weights
 
     weights = Weights.load(Path(sys.argv[1]), name="tiny", kv=Path(sys.argv[2]), memory_bytes=64 << 20)
-    ids = weights.tokenizer(sys.argv[3]).input_ids
+    ids = weights.tokenizer.encode(sys.argv[3])
     context = weights.engine.read(ids, keep=True)
     hidden = context.fork().feed([5, 6, 7])
     said = [float(x) for x in weights.engine.logits(hidden)[:8]]

@@ -36,7 +36,7 @@ class Watched(Quest):
 def test_the_bracket_holds_on_real_keys(embedded_model: Model) -> None:
     assert isinstance(embedded_model.chat, LocalChat)
     weights = embedded_model.chat.weights
-    ids = list(weights.tokenizer(Path(__file__).with_name("test_methods.py").read_text()).input_ids)[:1016]
+    ids = weights.tokenizer.encode(Path(__file__).with_name("test_methods.py").read_text())[:1016]
     some = Watched(budget=448, dense_below=448, dense_layers=0)
     context = weights.engine.read(ids[:1000])
     context.state.method = some

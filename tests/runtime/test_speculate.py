@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import FAMILIES
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.paths import Paths
 from agentctx.runtime import twins
+from agentctx.runtime.body import Body
 from agentctx.runtime.engine import Engine
-from agentctx.runtime.llama import LlamaDecoder
+from agentctx.runtime.hf.body import HFBody
+from agentctx.runtime.llama import LlamaDecoder, supports
 from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.methods.quest import Quest
+from agentctx.runtime.methods.streaming import Streaming
 from agentctx.runtime.sampling import Sampling, generate
-from agentctx.runtime.speculate import FIRST, MOST, Pace, Speculation
+from agentctx.runtime.speculate import FIRST, MOST, ROUNDS, Pace, Speculation, draft_method
 
 NEVER = frozenset({-1})
 
@@ -42,7 +46,7 @@ def other(tiny_model: Path) -> LlamaDecoder:
     return body
 
 
-def engine_of(body: LlamaDecoder) -> Engine:
+def engine_of(body: Body) -> Engine:
     return Engine(body, fingerprint="x", memory_bytes=1 << 28)
 
 
@@ -144,6 +148,52 @@ def test_drafts_are_as_long_as_they_pay() -> None:
     assert pace(0.1, 0.0, 0) == 0
     assert pace(1.0, 0.1, 10) == 0
     assert 0 < pace(0.3, 0.1, 6) < pace(0.3, 0.1, 9)
+
+
+# One of each kind of body and layer: ours, softcap with windows, sinks with windows, no rotation.
+KINDS = [
+    "llama",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("qwen3", "gemma2", "gpt-oss", "smollm3", "cohere")
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_tokens_are_those_of_greedy_decoding(kind: str) -> None:
+    model = FAMILIES[kind]()
+    config = model.config.to_dict()
+    body: Body = HFBody(model)
+    if supports(config):
+        body = LlamaDecoder(config, model.state_dict(), torch.float32)
+    assert isinstance(body, LlamaDecoder) == (kind in ("llama", "qwen3"))
+    ids = [token % 90 + 2 for token in prompt(500)]
+    how = Speculation(Quest(budget=448, dense_layers=0, dense_below=0), pace=Always())
+    plain = plainly(engine_of(body), ids, 1000)
+    assert drafted(engine_of(body), ids, 1000, how) == plain
+    assert 0 < how.accepted_tokens <= how.draft_tokens
+    if kind in ("llama", "qwen3"):  # the others come to repeat one token
+        assert how.accepted_tokens < how.draft_tokens
+
+
+def test_a_draft_that_does_not_pay_is_given_up(tiny: LlamaDecoder, other: LlamaDecoder) -> None:
+    """The clock is scripted: a draft step takes half as long as an exact pass, and all drafts are wrong."""
+
+    class Slow(Pace):
+        def note(self, drafting: float, checking: float, length: int, right: int) -> None:
+            super().note(0.5 * length, 1.0, length, right)
+
+    how = Speculation(Dense(), other, pace=Slow())
+    assert drafted(engine_of(tiny), prompt(70), 200, how) == plainly(engine_of(tiny), prompt(70), 200)
+    assert how.pace.rounds == ROUNDS and how.draft_tokens == ROUNDS * FIRST
+
+
+def test_what_drafts() -> None:
+    assert draft_method(Dense()) == Quest()
+    assert draft_method(Quest(budget=512, guard="report")) == Quest(budget=512)
+    with pytest.raises(ConfigError, match="streaming"):
+        draft_method(Streaming())
 
 
 @pytest.mark.model

@@ -45,12 +45,12 @@ def load(folder: Path, linears: Linears, warnings: list[str]) -> Weights:
 
 
 def answer(weights: Weights) -> str:
-    ids = weights.tokenizer("The capital of France is", add_special_tokens=False).input_ids
+    ids = weights.tokenizer.encode("The capital of France is")
     context, hidden = weights.engine.begin(ids)
     found = generate(
         context, hidden, most=5, ends=weights.ends, sampling=Sampling(), cancelled=threading.Event()
     )
-    return str(weights.tokenizer.decode(list(found)))
+    return weights.tokenizer.decode(list(found), special=True)
 
 
 @pytest.mark.model

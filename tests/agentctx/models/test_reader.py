@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentctx.memory.errors import InputError, ModelError
 from agentctx.models.load import Model
 from agentctx.models.reader import LikelihoodReader
+from agentctx.models.tokenizer import Tokenizer
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 
@@ -27,13 +29,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     """Bytes as tokens: any text, no file."""
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bare = Backend(models.BPE(vocab=vocabulary, merges=[]))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bare)
+    return Tokenizer(bare, {}, None)
 
 
 def tiny(dtype: torch.dtype = torch.float32, window: int = 512) -> LlamaForCausalLM:
@@ -51,9 +53,7 @@ def tiny(dtype: torch.dtype = torch.float32, window: int = 512) -> LlamaForCausa
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def reader(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, memory_bytes: int = 32 << 20
-) -> LikelihoodReader:
+def reader(model: LlamaForCausalLM, tokenizer: Tokenizer, memory_bytes: int = 32 << 20) -> LikelihoodReader:
     return LikelihoodReader(engine(model, memory_bytes), tokenizer)
 
 
@@ -62,10 +62,10 @@ def engine(model: LlamaForCausalLM, memory_bytes: int = 32 << 20) -> Engine:
     return Engine(body, fingerprint="tiny", memory_bytes=memory_bytes)
 
 
-def reference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, text: str) -> float:
+def reference(model: LlamaForCausalLM, tokenizer: Tokenizer, question: str, text: str) -> float:
     """The definition: one text, one pass, no cache."""
-    before = tokenizer(f"{text}{AFTER}").input_ids
-    asked = tokenizer(f" {question}").input_ids
+    before = tokenizer.encode(f"{text}{AFTER}")
+    asked = tokenizer.encode(f" {question}")
     with torch.inference_mode():
         logits = model(torch.tensor([before + asked])).logits[0, len(before) - 1 : -1].float()
     return float(logits.log_softmax(-1)[range(len(asked)), asked].mean())
@@ -95,8 +95,8 @@ async def test_scores_do_not_depend_on_the_company(tokenizer) -> None:
 
 async def test_a_text_is_computed_once_and_counted_exactly(tokenizer) -> None:
     subject = reader(tiny(), tokenizer)
-    contexts = sum(len(tokenizer(f"{text}{AFTER}").input_ids) - 1 for text in TEXTS)
-    asked, other = (len(tokenizer(f" {q}").input_ids) for q in (QUESTION, "and where?"))
+    contexts = sum(len(tokenizer.encode(f"{text}{AFTER}")) - 1 for text in TEXTS)
+    asked, other = (len(tokenizer.encode(f" {q}")) for q in (QUESTION, "and where?"))
     first = await subject.likelihood(QUESTION, TEXTS + TEXTS)
     assert (first.computed_tokens, first.reused_tokens) == (contexts + asked * len(TEXTS), 0)
     assert first.values[: len(TEXTS)] == first.values[len(TEXTS) :]
@@ -160,7 +160,7 @@ async def test_a_cancelled_call_frees_the_model_and_the_next_one_is_right(tokeni
 @pytest.mark.parametrize("rows", [1, 2, 64])
 async def test_the_size_of_a_batch_changes_no_score(tokenizer, monkeypatch, rows: int) -> None:
     expected = await reader(tiny(), tokenizer).likelihood(QUESTION, TEXTS)
-    monkeypatch.setattr("agentctx.models.reader._LOGIT_ROWS", rows * len(tokenizer(f" {QUESTION}").input_ids))
+    monkeypatch.setattr("agentctx.models.reader._LOGIT_ROWS", rows * len(tokenizer.encode(f" {QUESTION}")))
     batched = await reader(tiny(), tokenizer).likelihood(QUESTION, TEXTS)
     assert batched.values == pytest.approx(expected.values, abs=1e-4)
     assert batched.computed_tokens == expected.computed_tokens
