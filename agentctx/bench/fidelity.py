@@ -139,7 +139,7 @@ class Subject:
 
     def reply(self, item: Item) -> str:
         """Greedy, to the last answer at most: more words change no score."""
-        ids: list[int] = self.tokenizer(item.prompt, verbose=False).input_ids
+        ids: list[int] = self.tokenizer.encode(item.prompt, special=True)
         read = max(0, len(ids) - ASKED) // self.engine.method.grid * self.engine.method.grid
         context = self.read(ids[:read])
         hidden = self.ask(context, ids[read:])[-1]
@@ -148,12 +148,12 @@ class Subject:
         while len(said) < most:
             token = int(self.engine.logits(hidden).argmax())
             said.append(token)
-            words = str(self.tokenizer.decode(said))
+            words = self.tokenizer.decode(said, special=True)
             if token in self.ends or item.score(words) == 1.0:
                 break
             hidden = self.ask(context, [token])[-1]
         context.close()
-        return str(self.tokenizer.decode(said))
+        return self.tokenizer.decode(said, special=True)
 
     def _compared(self, hidden: Tensor, dense: Tensor, targets: Tensor) -> Tensor:
         """Sums over the rows: agreement, KL, loss, loss of dense."""

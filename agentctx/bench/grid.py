@@ -139,7 +139,7 @@ def _subject(weights: Weights, plan: Plan, length: int) -> Length:
     tokenizer = weights.tokenizer
 
     def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return len(tokenizer.encode(text))
 
     compared = "agreement" in plan.tasks and length <= weights.context  # beyond it dense attention ends
     texts = collect(plan.data, tokenizer, length, plan.texts) if compared else []

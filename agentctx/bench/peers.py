@@ -75,7 +75,7 @@ class Ours:
     def __init__(self, place: Place, kinds: list[Linears], dtype: torch.dtype) -> None:
         loaded = {kind: place.load(linears=kind, dtype=dtype) for kind in kinds}
         self.engines = {kind: weights.engine for kind, weights in loaded.items()}
-        self.vocabulary = len(loaded[kinds[0]].tokenizer)
+        self.vocabulary = loaded[kinds[0]].tokenizer.backend.get_vocab_size()
         for engine in self.engines.values():
             engine.body.window = ANY_LENGTH
         self.read: Context | None = None

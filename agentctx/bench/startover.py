@@ -73,7 +73,7 @@ def main(model: str, tokens: str, threads: str, kv: str) -> None:
     weights = Place.find(model, Paths.default()).load(kv=Path(kv) if kv else None)
     engine = weights.engine
     engine.body.window = ANY_LENGTH
-    ids = text(int(tokens), len(weights.tokenizer))
+    ids = text(int(tokens), weights.tokenizer.backend.get_vocab_size())
     engine.begin(ids[:WARM])[0].close()
     engine.prefixes.clear()
     forget_peak()

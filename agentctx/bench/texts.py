@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from agentctx.memory.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from agentctx.models.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".md")
 LONGEST = 16  # characters of a token, more than which a file is not read for
@@ -27,7 +27,7 @@ class Text:
 
 
 def collect(
-    folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+    folders: Sequence[Path], tokenizer: Tokenizer, length: int, count: int
 ) -> list[Text]:
     """`count` texts of `length` tokens, from as many folders as there are. None given: this package's code.
 
@@ -44,12 +44,12 @@ def collect(
     return found
 
 
-def _long_enough(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Text]:
+def _long_enough(folders: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[Text]:
     written = ((name, _beginning(path, length)) for name, path in _files(folders))
     for name, text in written if folders else [_own_code()]:
         if len(text) < length:
             continue
-        ids: list[int] = tokenizer(text, verbose=False).input_ids
+        ids: list[int] = tokenizer.encode(text, special=True)
         if len(ids) >= length:
             yield Text(name, tuple(ids[:length]))
 
