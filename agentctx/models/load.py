@@ -136,9 +136,9 @@ def _open_folder(
             warn=said.append,
         )
         context = how.window or weights.context
-        if context > weights.context:
+        if context > weights.engine.window:
             raise ConfigError(
-                f"a window of {context} tokens is more than the {weights.context} that {name} takes"
+                f"a window of {context} tokens is more than the {weights.engine.window} that {name} takes"
             )
         profile = ModelProfile(name=name, kind="local", fingerprint=weights.fingerprint, context=context)
         model = _assemble(weights, profile if entry is None else _measured(profile, entry))

@@ -64,7 +64,7 @@ class LikelihoodReader:
     def _likelihood(self, question: str, texts: Sequence[str], abandoned: threading.Event) -> Scores:
         asked = self._question(question)
         contexts = self._contexts(texts)
-        window = self._engine.body.window
+        window = self._engine.window
         for text, ids in contexts.items():
             if len(ids) - 1 + len(asked) > window:
                 raise ModelError(

@@ -56,8 +56,8 @@ class Weights:
 
     @property
     def context(self) -> int:
-        """Tokens, prompt and answer together."""
-        return self.engine.body.window
+        """Tokens, prompt and answer together; the model's own where its attention knows no limit."""
+        return self.engine.body.window if self.engine.method.endless else self.engine.window
 
     @classmethod
     def load(

@@ -100,21 +100,25 @@ class Engine:
         store: BlockStore | None = None,
         chunk: int = CHUNK,
     ) -> None:
-        self.body = body
-        self.method = method or Dense()
+        self.body, self.method = (method or Dense()).on(body)
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
-        self.pool = PagePool(body.shape, budget=memory_bytes)
+        self.pool = PagePool(self.body.shape, budget=memory_bytes)
         self.prefixes = PrefixIndex(self.pool)
         self.store = store
         self.lock = threading.RLock()
         self.root = _named_after(fingerprint, self.method.writes)
         self.identity = _named_after(fingerprint, "" if self.method == Dense() else repr(self.method))
 
+    @property
+    def window(self) -> int:
+        """Tokens that a text may have: the model's window, or more if the attention method allows it."""
+        return self.method.reach(self.body.window)
+
     def fits(self, tokens: int) -> None:
         """Raise ModelError (overflow) beyond the window."""
-        if tokens > self.body.window and not self.method.endless:
+        if tokens > self.window:
             raise ModelError(
-                f"{tokens:,} tokens exceed the model's window of {self.body.window:,}",
+                f"{tokens:,} tokens exceed the model's window of {self.window:,}",
                 code="overflow",
                 hint="split the text, or choose a model with a larger window",
             )
