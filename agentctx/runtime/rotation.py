@@ -15,7 +15,7 @@ from agentctx.kernels.rope import rope_move
 FAST, SLOW = (
     32,
     1,
-)  # turns within the trained window: YaRN keeps channels with more, stretches those with fewer
+)  # turns in the trained window: YaRN keeps channels with more, stretches those with less
 
 
 @dataclass(frozen=True, slots=True)

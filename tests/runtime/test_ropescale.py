@@ -39,7 +39,7 @@ def theirs(_: Path) -> Body:
     return HFBody(tiny.tiny("Llama", max_position_embeddings=TRAINED))
 
 
-def logits(body: Body, ids: Tensor, attention: str) -> Tensor:
+def logits(body: Body, ids: Any, attention: str) -> Tensor:
     body, some = method(attention).on(body)
     pool = PagePool(body.shape, budget=1 << 24)
     state = KVState(pool, [BlockTable(pool)], some, [0])
