@@ -19,8 +19,9 @@ from torch import Tensor
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
 from agentctx.memory.kv.past import Past
-from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
+from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.prefixes import PrefixIndex
+from agentctx.memory.kv.quantised import KVDtype, pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.body import Body
@@ -106,15 +107,18 @@ class Engine:
         method: Dense | None = None,
         store: BlockStore | None = None,
         chunk: int = CHUNK,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         self.body, self.method = (method or Dense()).on(body)
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
-        self.pool = PagePool(self.body.shape, budget=memory_bytes)
+        self.pool = pool_of(self.body.shape, budget=memory_bytes, kv_dtype=kv_dtype)
         self.prefixes = PrefixIndex(self.pool)
         self.store = store
         self.lock = threading.RLock()
-        self.root = _named_after(fingerprint, self.method.writes)
-        self.identity = _named_after(fingerprint, "" if self.method == Dense() else repr(self.method))
+        held = f" {kv_dtype}" if kv_dtype in ("int8", "int4") else ""
+        self.root = _named_after(fingerprint, self.method.writes + held)
+        asked = "" if self.method == Dense() else repr(self.method)
+        self.identity = _named_after(fingerprint, asked + held)
 
     @property
     def window(self) -> int:
@@ -302,6 +306,8 @@ class Engine:
             return None
         (page,) = self.pool.take(1)
         self.pool.write(page, *found)
+        if block.end - block.start == PAGE_TOKENS:
+            self.pool.filled([page])
         self.prefixes.add([block], [page])
         self.pool.release([page])
         return page
@@ -319,6 +325,7 @@ class Engine:
                         self.store.put(block.name, *self.pool.read(page, block.end - block.start))
                 except StoreError as error:  # the answer does not depend on it
                     context.warnings.append(f"{error.message}; the text will be read again next time")
+            self.pool.filled(context.table.pages[: len(context.ids) // PAGE_TOKENS])
             self._used([block.name for block in held])
 
     def _used(self, names: Sequence[str]) -> None:
