@@ -2,12 +2,12 @@
 
     python benchmarks/beyond.py DATA_DIR --out benchmarks/results/beyond.json
 
-The embedded model was trained for 8,192 tokens. A text is stories of SQuALITY with a needle every 2,048 tokens,
-a sentence that gives the number of a key (multi-key needles, after RULER, arXiv 2404.06654). Each method reads
-it once; at each length it is asked for four of the needles so far, spread over the text, and the next 256
-tokens of the stories are scored. A needle counts as found if its number is in the first tokens of a greedy
-answer. `dense` runs with its window lifted, to show what the others are for. Keys, numbers and the order of
-the stories are drawn from the number of the text.
+The embedded model was trained for 8,192 tokens. A text is stories of SQuALITY with a needle every 2,048
+tokens, a sentence that gives the number of a key (multi-key needles, after RULER, arXiv 2404.06654). Each
+method reads it once; at each length it is asked for four of the needles so far, spread over the text, and the
+next 256 tokens of the stories are scored. A needle counts as found if its number is in the first tokens of a
+greedy answer. `dense` runs with its window lifted, to show what the others are for. Keys, numbers and the
+order of the stories are drawn from the number of the text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,19 @@ METHODS = (
     "ladder",
 )
 INTRODUCTION = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz "
-    "you about the numbers afterwards.\n"
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will "
+    "quiz you about the numbers afterwards.\n"
 )
+# fmt: off
 ADJECTIVES = (
-    "amber brave calm dusty eager faint gentle hollow icy jolly keen lucid mellow noble odd plain".split()
+    "amber", "brave", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy",
+    "jolly", "keen", "lucid", "mellow", "noble", "odd", "plain",
 )
-NOUNS = "anchor bridge candle desert engine forest garden harbor island jacket kettle ladder mirror needle".split()
+NOUNS = (
+    "anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor",
+    "island", "jacket", "kettle", "ladder", "mirror", "needle",
+)
+# fmt: on
 
 
 class Text:
@@ -109,20 +116,16 @@ def loss(context: Context, ids: list[int]) -> float:
     return float(found)
 
 
-def measure(engine: Engine, text: Text, tokenizer: Any) -> list[dict[str, Any]]:
+def measure(engine: Engine, text: Text, tokenizer: Any, lengths: list[int]) -> Iterator[dict[str, Any]]:
     """A row for each length; each reads on where the one before it ended."""
-    rows = []
-    for length in LENGTHS:
+    for length in lengths:
         started = time.perf_counter()
         context = engine.read(text.ids[:length])
         seconds = time.perf_counter() - started
-        answers = [
-            (value in answer(context, tokenizer, key)) for key, value in text.asked(length)
-        ]  # from the first needle to the last
+        hits = [value in answer(context, tokenizer, key) for key, value in text.asked(length)]
         nll = loss(context, text.ids[length : length + SCORED + 1])
-        rows.append({"length": length, "found": answers, "nll": round(nll, 4), "seconds": round(seconds, 1)})
+        yield {"length": length, "found": hits, "nll": round(nll, 4), "seconds": round(seconds, 1)}
         context.close()
-    return rows
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,9 +134,10 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for name in dict.fromkeys(cell["method"] for cell in cells):
         for length in LENGTHS:
             rows = [cell for cell in cells if (cell["method"], cell["length"]) == (name, length)]
-            hits = [hit for row in rows for hit in row["found"]]
-            nll = round(sum(row["nll"] for row in rows) / len(rows), 3)
-            found.setdefault(name, {})[str(length)] = {"found": sum(hits), "of": len(hits), "nll": nll}
+            if rows:
+                hits = [hit for row in rows for hit in row["found"]]
+                nll = round(sum(row["nll"] for row in rows) / len(rows), 3)
+                found.setdefault(name, {})[str(length)] = {"found": sum(hits), "of": len(hits), "nll": nll}
     return found
 
 
@@ -142,7 +146,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with squality/docs/")
     parser.add_argument("--texts", type=int, default=2, help="each gives four needles a length")
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--out", type=Path, default=HERE / "results/beyond.json")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS)
+    parser.add_argument("--out", type=Path, default=HERE / "results/beyond.json", help="cells in it are kept")
     options = parser.parse_args()
     folder = ensure(SMOLLM2, Paths.default())
     weights = Weights.load(folder, name="smollm2", verify=Manifest.read(folder), linears="bf16")
@@ -150,18 +155,19 @@ def main() -> None:
     stories = [
         path.read_text(errors="replace") for path in sorted((options.data / "squality/docs").iterdir())
     ]
-    texts = [Text(number, stories, tokenizer) for number in range(options.texts)]
-    cells: list[dict[str, Any]] = []
-    for number, text in enumerate(texts):
+    cells = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
+    for number in range(options.texts):
+        text = Text(number, stories, tokenizer)
         for name in options.methods:
+            done = {cell["length"] for cell in cells if (cell["method"], cell["text"]) == (name, number)}
             body.window = 2 * LENGTHS[-1] if name == "dense" else trained
             engine = Engine(body, fingerprint="beyond", memory_bytes=1 << 30, method=method(name))
-            for row in measure(engine, text, tokenizer):
+            for row in measure(engine, text, tokenizer, sorted({*options.lengths} - done)):
                 cells.append({"method": name, "as": repr(engine.method), "text": number} | row)
                 print(json.dumps(cells[-1]), flush=True)
+                report = {"environment": environment(trained), "results": summary(cells), "cells": cells}
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
             del engine
-        report = {"environment": environment(trained), "results": summary(cells), "cells": cells}
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(summary(cells), indent=1))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentctx.memory.errors import ConfigError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry, Linears
@@ -45,6 +46,7 @@ class Loading:
     window: int | None
     attention: str
     linears: Linears
+    kv_dtype: KVDtype
     kv_bytes: int
     memory_bytes: int | None
 
@@ -58,6 +60,7 @@ def open_model(
     window: int | None = None,
     attention: str = "auto",
     linears: Linears = "auto",
+    kv_dtype: KVDtype = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -67,13 +70,14 @@ def open_model(
     `window` lowers a local model's window, or states an endpoint's, in tokens. `offline` forbids every
     download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`. `linears` chooses the
     weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
-    that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
-    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
+    that is known to cost little. `kv_dtype`: what it has read is held in memory in the model's dtype, or in 8
+    or 4 bits. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
+    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
     unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
-    how = Loading(window, attention, linears, kv_bytes, memory_bytes)
+    how = Loading(window, attention, linears, kv_dtype, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
         if attention != "auto":
             raise ConfigError(f"the attention of an endpoint cannot be chosen: {attention!r}")
@@ -128,6 +132,7 @@ def _open_folder(
             verify=manifest,
             attention=how.attention,
             linears=how.linears,
+            kv_dtype=how.kv_dtype,
             measured=entry.linears if entry else "bf16",
             gguf=gguf,
             kv=paths.kv if how.kv_bytes else None,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.prefixes import PrefixIndex
-from agentctx.memory.kv.quantised import KVDtype, pool_of
+from agentctx.memory.kv.quantised import pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.body import Body

@@ -13,7 +13,7 @@ decodes all that its sequences hold, whatever the method reads of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from agentctx.kernels.quant import dequantize_pages, quantize_pages
 from agentctx.kernels.records import KVPages
 from agentctx.kernels.store import pack_pages
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.kv.pool import PAGE_TOKENS, KVShape, PagePool
 
 LOCAL = 4  # blocks behind the open one that stay as they are
@@ -29,7 +30,6 @@ OPEN_SHARE = 16  # one page in so many of a pool of the plain kind
 LEAST_OPEN = 24  # a pass of 512 tokens, the local blocks, and forks
 
 
-KVDtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -10,9 +10,10 @@ from test_methods import SMALL, answer, body, near, stored, words
 
 from agentctx.kernels.quant import dequantize_pages, quantize_pages
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import KVShape, PagePool
-from agentctx.memory.kv.quantised import LOCAL, KVDtype, QuantisedPool, pool_of
+from agentctx.memory.kv.quantised import LOCAL, QuantisedPool, pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.methods.table import method
