@@ -123,8 +123,8 @@ class PagePool:
     def shared(self, page: int) -> bool:
         return self._references[page] > 1
 
-    def writable(self, page: int) -> bool:
-        """Whether its one owner may write to it; else it is copied first."""
+    def claim(self, page: int) -> bool:
+        """Be about to write to a page; False if it has to be copied first."""
         return not self.shared(page)
 
     def filled(self, pages: Sequence[int]) -> None:

@@ -7,7 +7,8 @@ has scales for each token of the values; here they are for each channel, as `ker
 
 For a pass, each layer's pages are decoded into a scratch of the plain layout, one layer at a time, so that
 every attention method works on them and summaries are of decoded values. What is saved is memory; a step
-decodes all that its sequences hold, whatever the method reads of it.
+decodes all that its sequences hold, whatever the method reads of it. The scratch, as much as one layer of
+that takes plainly, is not counted.
 """
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ class QuantisedPool(PagePool):
                 if page in self._slot:
                     self._slots.append(self._slot.pop(page))
 
-    def writable(self, page: int) -> bool:
-        return page in self._slot and super().writable(page)
+    def claim(self, page: int) -> bool:
+        self._sealable.pop(page, None)  # it may have been full, and was cut
+        return page in self._slot and super().claim(page)
 
     def filled(self, pages: Sequence[int]) -> None:
         """These pages of one sequence, in its order, are full: those behind the local ones are sealed."""

@@ -27,7 +27,7 @@ class BlockTable:
         Raises ModelError (out_of_memory); then nothing has changed.
         """
         wanted = -(-tokens // PAGE_TOKENS)
-        split = bool(self.tokens % PAGE_TOKENS) and not self.pool.writable(
+        split = bool(self.tokens % PAGE_TOKENS) and not self.pool.claim(
             self.pages[self.tokens // PAGE_TOKENS]
         )
         missing = max(0, wanted - len(self.pages))

@@ -15,7 +15,7 @@ from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import KVShape, PagePool
 from agentctx.memory.kv.quantised import LOCAL, QuantisedPool, pool_of
 from agentctx.memory.kv.store import BlockStore
-from agentctx.runtime.engine import Engine
+from agentctx.runtime.engine import Context, Engine
 from agentctx.runtime.methods.table import method
 
 SHAPE = KVShape(4, 2, 32, torch.float32)
@@ -161,3 +161,18 @@ def test_what_is_refused() -> None:
     past = Past.over(some.read(words(100)).table)
     with pytest.raises(ModelError, match="cannot be evicted, narrowed or composed"):
         past.read(0)
+
+
+def test_a_block_that_was_cut_is_not_sealed_before_it_is_full_again() -> None:
+    def cut(some: Engine) -> Context:
+        context = some.read(words(192))
+        some.prefixes.clear()  # else the block is shared, and a copy of it is written to
+        context.crop(150)
+        context.feed(words(1, 2))
+        return context
+
+    some, plain = engine(), engine(kv_dtype="auto")
+    page, twin = cut(some).table.pages[2], cut(plain).table.pages[2]
+    some.pool.take(some.pool.free_pages)  # seals whatever may be
+    for got, want in zip(some.pool.read(page, 23), plain.pool.read(twin, 23), strict=True):
+        near(got[0], want[0])
