@@ -2,10 +2,10 @@
 
     python benchmarks/kv_dtype.py DATA_DIR --out benchmarks/results/kv_dtype.json
 
-Windows of real text, half of the Debian policy and half of stories of SQuALITY. All but the last
-tokens of each are read, which leaves the open and the local blocks in bfloat16 and all before them sealed; the
-last are scored in one pass. `top1` is how often the most likely token is that of bfloat16, `kl` the mean
-divergence from it, `token_bytes` what a sealed token takes in memory.
+Windows of real text, half of the Debian policy and half of stories of SQuALITY. All but the last tokens of
+each are read, which leaves the open and the local blocks in bfloat16 and all before them sealed; the last are
+scored in one pass. `top1` is how often the most likely token is that of bfloat16, `kl` the mean divergence
+from it, `token_bytes` what a sealed token takes in memory.
 """
 
 from __future__ import annotations
