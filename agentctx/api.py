@@ -39,6 +39,7 @@ from agentctx.workflows.state import Part, Task
 from agentctx.workflows.trace import Event, Trace, read_trace
 
 if TYPE_CHECKING:
+    from agentctx.memory.kv.dtype import KVDtype
     from agentctx.models.load import Model
     from agentctx.models.table import Linears
 
@@ -70,6 +71,7 @@ class Context:
         attention: str = "auto",
         exact: bool = False,
         linears: Linears = "auto",
+        kv_dtype: KVDtype = "auto",
         selection: Selection | None = None,
         stdin: BinaryIO | None = None,
         paths: Paths | None = None,
@@ -87,6 +89,7 @@ class Context:
         long texts, such as "quest:budget=2048"; "auto" is dense for now. `exact`: a sparse method only drafts
         answers, dense attention has the last word on each token. `linears`: the weights that a local
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
+        `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
         `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
         is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
         free).
@@ -105,6 +108,7 @@ class Context:
                 "attention": attention,
                 "exact": exact,
                 "linears": linears,
+                "kv_dtype": kv_dtype,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
             }

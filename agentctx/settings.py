@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from agentctx.memory.errors import ConfigError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.types import Budget
 from agentctx.models.table import TABLE, Linears
 from agentctx.paths import KV_BYTES, Paths
@@ -47,6 +48,7 @@ class Settings(BaseSettings):
     attention: str = "auto"
     exact: bool = False  # a sparse attention only drafts; answers are those of dense attention
     linears: Linears = "auto"
+    kv_dtype: KVDtype = "auto"  # of what a local model has read, in memory
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None
     max_output_tokens: AtLeastOne | None = None

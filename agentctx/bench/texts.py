@@ -26,9 +26,7 @@ class Text:
     ids: tuple[int, ...]
 
 
-def collect(
-    folders: Sequence[Path], tokenizer: Tokenizer, length: int, count: int
-) -> list[Text]:
+def collect(folders: Sequence[Path], tokenizer: Tokenizer, length: int, count: int) -> list[Text]:
     """`count` texts of `length` tokens, from as many folders as there are. None given: this package's code.
 
     Raises InputError (not_found) where no file is that long.

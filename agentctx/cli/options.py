@@ -78,6 +78,12 @@ class Options(OutputOptions):
             rich_help_panel=MODEL,
         ),
     ] = None
+    kv_dtype: Annotated[
+        str | None,
+        Option(
+            help="How KV is held in memory: auto, int8 or int4, ...", rich_help_panel=MODEL, metavar="NAME"
+        ),
+    ] = None
     strategy: Annotated[
         str | None, Option(help="auto, or one named in the README.", rich_help_panel=MODEL, metavar="NAME")
     ] = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentctx.memory.errors import ConfigError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
 from agentctx.models.table import TABLE, Entry, Linears
@@ -47,6 +48,7 @@ class Loading:
     attention: str
     exact: bool
     linears: Linears
+    kv_dtype: KVDtype
     kv_bytes: int
     memory_bytes: int | None
 
@@ -61,6 +63,7 @@ def open_model(
     attention: str = "auto",
     exact: bool = False,
     linears: Linears = "auto",
+    kv_dtype: KVDtype = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
@@ -71,13 +74,14 @@ def open_model(
     download. `attention`: how a local model reads, `NAME` or `NAME:key=value,...`; with `exact` a sparse
     method only drafts answers, which are those of dense attention. `linears` chooses the
     weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
-    that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
-    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
+    that is known to cost little. `kv_dtype`: what it has read is held in memory in the model's dtype, or in 8
+    or 4 bits. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
+    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
     unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
-    how = Loading(window, attention, exact, linears, kv_bytes, memory_bytes)
+    how = Loading(window, attention, exact, linears, kv_dtype, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
         if attention != "auto" or exact:
             what = "exact" if exact else repr(attention)
@@ -133,6 +137,7 @@ def _open_folder(
             verify=manifest,
             attention=automatic(entry.name) if entry and how.attention == "auto" else how.attention,
             linears=how.linears,
+            kv_dtype=how.kv_dtype,
             measured=entry.linears if entry else "bf16",
             gguf=gguf,
             kv=paths.kv if how.kv_bytes else None,
@@ -141,9 +146,9 @@ def _open_folder(
             warn=said.append,
         )
         context = how.window or weights.context
-        if context > weights.context:
+        if context > weights.engine.window:
             raise ConfigError(
-                f"a window of {context} tokens is more than the {weights.context} that {name} takes"
+                f"a window of {context} tokens is more than the {weights.engine.window} that {name} takes"
             )
         fingerprint = weights.fingerprint + " exact" * how.exact
         profile = ModelProfile(name=name, kind="local", fingerprint=fingerprint, context=context)

@@ -73,7 +73,7 @@ class LikelihoodReader:
     ) -> Scores:
         asked = self._question(question)
         contexts = self._contexts(texts)
-        window = self._engine.body.window
+        window = self._engine.window
         for text, ids in contexts.items():
             if len(ids) - 1 + len(asked) > window:
                 raise ModelError(

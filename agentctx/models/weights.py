@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.models.manifest import Manifest
 from agentctx.models.table import Linears
 from agentctx.models.tokenizer import Tokenizer
@@ -52,8 +53,8 @@ class Weights:
 
     @property
     def context(self) -> int:
-        """Tokens, prompt and answer together."""
-        return self.engine.body.window
+        """Tokens, prompt and answer together; the model's own where its attention knows no limit."""
+        return self.engine.body.window if self.engine.method.endless else self.engine.window
 
     @classmethod
     def load(
@@ -67,6 +68,7 @@ class Weights:
         memory_bytes: int | None = None,
         attention: str = "dense",
         linears: Linears = "auto",
+        kv_dtype: KVDtype = "auto",
         measured: Linears = "bf16",
         gguf: Path | None = None,
         warn: Callable[[str], None] | None = None,
@@ -76,7 +78,7 @@ class Weights:
         `verify` is the list of files that must hash as written. `kv` is the folder that keeps KV between
         processes, within `kv_bytes`; None keeps it in memory only. `memory_bytes` bounds weights and KV in
         memory; None takes 60 % of what is free. `attention`: see `runtime.methods.table.method`; ConfigError
-        for what it does not know.
+        for what it does not know. `kv_dtype`: see `memory.kv.quantised.pool_of`.
 
         `linears`: with "int4" a few rows at a time go through 4-bit copies of the linear layers, made of the
         codes in `gguf` if the folder came from there; "auto" is `measured`, what is known to cost this model
@@ -104,7 +106,14 @@ class Weights:
         fingerprint = hashlib.sha256(identified_by.encode()).hexdigest()
         store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
         room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
-        engine = Engine(body, fingerprint=fingerprint, memory_bytes=max(0, room), method=chosen, store=store)
+        engine = Engine(
+            body,
+            fingerprint=fingerprint,
+            memory_bytes=max(0, room),
+            method=chosen,
+            store=store,
+            kv_dtype=kv_dtype,
+        )
         return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from agentctx.memory.kv.pool import KVShape
+from agentctx.runtime.rotation import RopeScaling
 from agentctx.runtime.state import KVState
 
 
@@ -18,6 +19,13 @@ class Body(Protocol):
     shape: KVShape
     window: int  # tokens it was trained for
     weight_bytes: int
+
+    def rescaled(self, scaling: RopeScaling) -> Body:
+        """The same weights with other rotary positions and a longer window.
+
+        Raises ModelError (unsupported) where its rotations are not one plain table.
+        """
+        ...
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """Hidden states `[B, T, H]` after the last norm, of ids `[B, T]` int64; `state` says where they

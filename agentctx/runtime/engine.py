@@ -19,9 +19,11 @@ from torch import Tensor
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
 from agentctx.memory.kv.choices import Choices
+from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.kv.past import Past
-from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
+from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.prefixes import PrefixIndex
+from agentctx.memory.kv.quantised import pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.body import Body
@@ -107,23 +109,30 @@ class Engine:
         method: Dense | None = None,
         store: BlockStore | None = None,
         chunk: int = CHUNK,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
-        self.body = body
-        self.method = method or Dense()
+        self.body, self.method = (method or Dense()).on(body)
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
-        self.pool = PagePool(body.shape, budget=memory_bytes)
+        self.pool = pool_of(self.body.shape, budget=memory_bytes, kv_dtype=kv_dtype)
         self.prefixes = PrefixIndex(self.pool)
         self.choices = Choices()
         self.store = store
         self.lock = threading.RLock()
-        self.root = _named_after(fingerprint, self.method.writes)
-        self.identity = _named_after(fingerprint, "" if self.method == Dense() else repr(self.method))
+        held = f" {kv_dtype}" if kv_dtype in ("int8", "int4") else ""
+        self.root = _named_after(fingerprint, self.method.writes + held)
+        asked = "" if self.method == Dense() else repr(self.method)
+        self.identity = _named_after(fingerprint, asked + held)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a text may have: the model's window, or more if the attention method allows it."""
+        return self.method.reach(self.body.window)
 
     def fits(self, tokens: int) -> None:
         """Raise ModelError (overflow) beyond the window."""
-        if tokens > self.body.window and not self.method.endless:
+        if tokens > self.window:
             raise ModelError(
-                f"{tokens:,} tokens exceed the model's window of {self.body.window:,}",
+                f"{tokens:,} tokens exceed the model's window of {self.window:,}",
                 code="overflow",
                 hint="split the text, or choose a model with a larger window",
             )
@@ -312,6 +321,8 @@ class Engine:
             return None
         (page,) = self.pool.take(1)
         self.pool.write(page, *found)
+        if block.end - block.start == PAGE_TOKENS:
+            self.pool.filled([page])
         self.prefixes.add([block], [page])
         self.pool.release([page])
         return page
@@ -329,6 +340,7 @@ class Engine:
                         self.store.put(block.name, *self.pool.read(page, block.end - block.start))
                 except StoreError as error:  # the answer does not depend on it
                     context.warnings.append(f"{error.message}; the text will be read again next time")
+            self.pool.filled(context.table.pages[: len(context.ids) // PAGE_TOKENS])
             self._used([block.name for block in held])
 
     def _used(self, names: Sequence[str]) -> None:

@@ -47,11 +47,14 @@ class LayerKV:
     reading: bool = True  # a text is being read, as opposed to asked about
     notes: Sequence[Notes] = ()  # of each row
     layers: int = 1  # of the model
+    unsettled: int = 0  # tokens at the end whose stored values may still change
 
     def summary(self, kind: str) -> BlockSummary:
         """Of the stored keys and values, for a view of one row."""
         (notes,) = self.notes
-        return notes.summary(self.index, kind, self.pages, self.table, self.lens, self.longest)
+        return notes.summary(
+            self.index, kind, self.pages, self.table, self.lens, self.longest, self.unsettled
+        )
 
     def row(self, row: int) -> LayerKV:
         """One row of the batch."""

@@ -25,7 +25,7 @@ from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
 from agentctx.runtime.layer import Scoring, with_sinks
 from agentctx.runtime.linear import Linear
-from agentctx.runtime.rotation import Rotation
+from agentctx.runtime.rotation import RopeScaling, Rotation
 from agentctx.runtime.state import KVState
 
 NEEDED = (
@@ -107,8 +107,8 @@ class LlamaDecoder:
         self.shape = KVShape(config["num_hidden_layers"], self.kv_heads, self.head_dim, dtype)
         theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 10000.0)
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float()
-        self.inv_freq = 1.0 / (theta ** (steps / self.head_dim))
-        self.scoring = Scoring(self.head_dim**-0.5, rotation=Rotation(self.inv_freq))
+        self.rotation = Rotation(1.0 / (theta ** (steps / self.head_dim)))
+        self.scoring = Scoring(self.head_dim**-0.5, rotation=self.rotation)
         weights = Checkpoint(tensors, dtype, config)
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
@@ -169,6 +169,15 @@ class LlamaDecoder:
         ]
         return found
 
+    def rescaled(self, scaling: RopeScaling) -> LlamaDecoder:
+        """See `Body`; no weight is copied."""
+        found = copy(self)
+        inv_freq, factor = scaling.table(self.rotation.inv_freq, self.window)
+        found.rotation = Rotation(inv_freq, scaling=factor)
+        found.scoring = replace(self.scoring, rotation=found.rotation)
+        found.window = scaling.window(self.window)
+        return found
+
     def _attend(self, index: int, layer: _Layer, x: Tensor, at: Tensor, state: KVState) -> Tensor:
         batch, new, _ = x.shape
         rotated = self.heads + self.kv_heads
@@ -178,7 +187,8 @@ class LlamaDecoder:
             k = F.rms_norm(qkv[:, :, self.heads : rotated], (self.head_dim,), layer.k_norm, self.eps)
             qkv = torch.cat([q, k, qkv[:, :, rotated:]], 2)
         qkv = qkv.transpose(1, 2)
-        qk = rope(qkv[:, :rotated], at, self.inv_freq)
+        turn = self.rotation
+        qk = rope(qkv[:, :rotated], at, turn.inv_freq, attention_scaling=turn.scaling)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         found = state.attend(index, q, k, qkv[:, rotated:], self.scoring)
         return layer.out(with_sinks(found, None).transpose(1, 2).reshape(batch, new, -1))

@@ -61,18 +61,26 @@ class Notes:
     coverage: Coverage = field(default_factory=Coverage)
 
     def summary(
-        self, layer: int, kind: str, pages: KVPages, table: Tensor, lens: Tensor, tokens: int
+        self,
+        layer: int,
+        kind: str,
+        pages: KVPages,
+        table: Tensor,
+        lens: Tensor,
+        tokens: int,
+        unsettled: int = 0,
     ) -> BlockSummary:
         """A summary of the first `tokens`, brought up to date from the last block that it covers.
 
-        `table [1, NB]`, `lens [1]` (`tokens`). Two-bit codes need `SAMPLE` tokens to be the same always.
+        `table [1, NB]`, `lens [1]` (`tokens`). The last
+        `unsettled` of them may still change. Two-bit codes need `SAMPLE` tokens to be the same always.
         """
         held = self.summaries.get((layer, kind))
         covered, before = (0, None) if held is None else (min(held.tokens, tokens), held.summary)
         if before is None and kind == "hadamard2":
             before = build_summary(pages, table, lens.clamp_max(SAMPLE), kind)
         found = build_summary(pages, table, lens, kind, first_block=covered // PAGE_TOKENS, out=before)
-        self.summaries[layer, kind] = Summarised(found, tokens)
+        self.summaries[layer, kind] = Summarised(found, max(0, tokens - unsettled))
         return found
 
     def crop(self, tokens: int) -> None:

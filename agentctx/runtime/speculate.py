@@ -116,7 +116,7 @@ class Speculation:
         yield token
         count, length = 1, 0  # the first round is a plain step, which tells what one costs
         while count < most and token not in ends and not cancelled.is_set():
-            room = min(most - count, context.engine.body.window - len(context.ids)) - 1
+            room = min(most - count, context.engine.window - len(context.ids)) - 1
             fed = len(context.ids)
             found = self._round(context, token, max(0, min(length, room)))
             end = next((at + 1 for at, one in enumerate(found) if one in ends), len(found))

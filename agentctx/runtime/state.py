@@ -21,7 +21,7 @@ from agentctx.kernels.records import Attention
 from agentctx.kernels.store import write_kv
 from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.past import Past
-from agentctx.memory.kv.pool import PagePool
+from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
 from agentctx.memory.kv.table import BlockTable, stacked
 from agentctx.runtime.layer import DECODE_TOKENS, LayerKV, Scoring, attend_past
 from agentctx.runtime.methods.dense import Dense
@@ -59,14 +59,14 @@ class KVState:
         self._write(layer, k, v)
         view = LayerKV(
             layer,
-            self.pool.layers[layer],
-            self._table,
+            *self.pool.shown(layer, self._where),
             self._lens,
             self._longest,
             scoring,
             new > DECODE_TOKENS if self.reading is None else self.reading,
             self.notes,
             self.pool.shape.layers,
+            self.pool.unsettled and self.pool.unsettled + new,
         )
         before = self._before(layer, q, scoring) if any(self.pasts) else None
         found = self.method.attend(q, view) if scoring.window is None else view.exact(q)
@@ -146,6 +146,7 @@ class KVState:
         """Reserve room for `new` columns and set what all layers of this step share."""
         after = [max(0, self.length + new + shift) for shift in self.shifts]
         for table, tokens in zip(self.tables, after, strict=True):
+            self.pool.filled(table.pages[: table.tokens // PAGE_TOKENS])
             table.reserve(tokens)
         for table, tokens in zip(self.tables, after, strict=True):
             table.tokens = tokens
@@ -154,20 +155,20 @@ class KVState:
         self._start = torch.tensor(self._starts, dtype=torch.int32, device=device)
         self._lens = torch.tensor(after, dtype=torch.int32, device=device)
         self._longest = max(after)
-        self._table = stacked(self.tables).to(device)
+        self._where = self.pool.where(stacked(self.tables).to(device))
         self.length += new
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        pages = self.pool.layers[layer]
+        pages, table = self.pool.into(layer, self._where)
         if min(self._starts) >= 0:
-            write_kv(pages, k, v, self._table, self._start)
+            write_kv(pages, k, v, table, self._start)
             return
         for row, start in enumerate(self._starts):
             skip = max(0, -start)
             if skip < k.shape[2]:
                 one = slice(row, row + 1)
                 at = self._start[one] + skip
-                write_kv(pages, k[one, :, skip:], v[one, :, skip:], self._table[one], at)
+                write_kv(pages, k[one, :, skip:], v[one, :, skip:], table[one], at)
 
 
 def _shared(past: Past | None) -> Past | None:

@@ -7,9 +7,10 @@ zeros, grows without a copy, and what is not used costs nothing. Pages are share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from agentctx.kernels.store import pack_pages, unpack_pages
 from agentctx.memory.errors import ModelError
 
 PAGE_TOKENS = 64
-_BITS = {2: np.uint16, 4: np.uint32}
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class PagePool:
     Raises ModelError (out_of_memory) where `budget` bytes do not hold the pages that are asked for.
     """
 
+    unsettled = 0  # tokens at the end of a sequence whose stored values may still change
+
     def __init__(self, shape: KVShape, *, budget: int) -> None:
         self.shape = shape
         self.capacity = budget // shape.page_bytes
@@ -64,22 +67,23 @@ class PagePool:
             raise self._full(1)
         inner = (PAGE_TOKENS, shape.head_dim)
         size = (self.capacity, shape.layers, shape.kv_heads)
-        self._size = (*size, prod(inner)) if shape.format == "packed" else (*size, *inner)
-        self._k, self._v = self._zeros(), self._zeros()  # a page of all layers in one piece
+        whole = (*size, prod(inner)) if shape.format == "packed" else (*size, *inner)
+        self._k, self._v = (
+            self._zeros(whole, shape.dtype) for _ in "kv"
+        )  # a page of all layers in one piece
         self.layers = tuple(
             KVPages(self._k[:, layer], self._v[:, layer], PAGE_TOKENS, shape.head_dim, shape.format)
             for layer in range(shape.layers)
         )
-        self.tiles = KVPages(  # of one layer and head each: tile (page * layers + layer) * Hkv + head
-            self._k.flatten(0, 2)[:, None],
-            self._v.flatten(0, 2)[:, None],
-            PAGE_TOKENS,
-            shape.head_dim,
-            shape.format,
-        )
         self._references = [0] * self.capacity
         self._free = list(range(self.capacity - 1, -1, -1))  # the lowest ids first: the least is committed
         self.spare: Callable[[int], None] | None = None  # asked to release pages when too few are free
+
+    @property
+    def tiles(self) -> KVPages:
+        """Pages of one layer and head each: tile `(page * layers + layer) * Hkv + head`."""
+        k, v, shape = self._k.flatten(0, 2)[:, None], self._v.flatten(0, 2)[:, None], self.shape
+        return KVPages(k, v, PAGE_TOKENS, shape.head_dim, shape.format)
 
     @property
     def free_pages(self) -> int:
@@ -119,6 +123,25 @@ class PagePool:
     def shared(self, page: int) -> bool:
         return self._references[page] > 1
 
+    def claim(self, page: int) -> bool:
+        """Be about to write to a page; False if it has to be copied first."""
+        return not self.shared(page)
+
+    def filled(self, pages: Sequence[int]) -> None:
+        """These first pages of a sequence, in its order, are full."""
+
+    def where(self, table: Tensor) -> Any:
+        """What `into` and `shown` need to know of the tables `[B, NB]` of a pass, for all layers."""
+        return table
+
+    def into(self, layer: int, where: Any) -> tuple[KVPages, Tensor]:
+        """Pages and tables to write new tokens of a layer to."""
+        return self.layers[layer], where
+
+    def shown(self, layer: int, where: Any) -> tuple[KVPages, Tensor]:
+        """Pages and tables to read a layer from."""
+        return self.layers[layer], where
+
     def copy(self, source: int, target: int) -> None:
         """Copy a page in every layer."""
         self._k[target] = self._k[source]
@@ -152,21 +175,21 @@ class PagePool:
         """The layers of one page as the pages of a pool."""
         return KVPages(self._k[page], self._v[page], PAGE_TOKENS, self.shape.head_dim, self.shape.format)
 
-    def _zeros(self) -> Tensor:
+    def _zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.shape.device != "cpu":
-            return torch.zeros(self._size, dtype=self.shape.dtype, device=self.shape.device)
+            return torch.zeros(size, dtype=dtype, device=self.shape.device)
         try:  # torch.zeros would commit all of it
-            lazy = np.zeros(self._size, dtype=_BITS[self.shape.dtype.itemsize])
+            lazy = np.zeros(size, dtype=_BITS[dtype.itemsize])
         except MemoryError as error:
             raise ModelError(
                 f"the system does not reserve {self.budget / 1e9:.1f} GB for KV",
                 code="out_of_memory",
                 hint="lower memory_bytes",
             ) from error
-        return torch.from_numpy(lazy).view(self.shape.dtype)
+        return torch.from_numpy(lazy).view(dtype)
 
     def _full(self, wanted: int) -> ModelError:
-        tokens = len(self._free) * PAGE_TOKENS
+        tokens = self.free_pages * PAGE_TOKENS
         return ModelError(
             f"the KV memory of {self.budget / 1e6:,.0f} MB has room for {tokens:,} more tokens, "
             f"{wanted * PAGE_TOKENS:,} are needed",

@@ -27,7 +27,9 @@ class BlockTable:
         Raises ModelError (out_of_memory); then nothing has changed.
         """
         wanted = -(-tokens // PAGE_TOKENS)
-        split = bool(self.tokens % PAGE_TOKENS) and self.pool.shared(self.pages[self.tokens // PAGE_TOKENS])
+        split = bool(self.tokens % PAGE_TOKENS) and not self.pool.claim(
+            self.pages[self.tokens // PAGE_TOKENS]
+        )
         missing = max(0, wanted - len(self.pages))
         if not split and not missing:
             return

@@ -30,6 +30,9 @@ SMALL = {  # sparse from a few hundred tokens on
     "adamas": "adamas:budget=448,dense_below=448,dense_layers=1",
     "streaming": "streaming:window=252",
     "lambda": "lambda:window=250",
+    "ladder": "ladder:budget=256,recent=64,width=2",
+    "selfextend": "selfextend:window=200,group=4",
+    "ropescale": "ropescale:kind=yarn,factor=2",
     "triangle": "triangle:dense_below=200,local=128",
     "blocktopk": "blocktopk:budget=256,dense_below=200,dense_layers=1",
     "flex": "flex:budget=192,dense_below=200,dense_layers=1,cell=256,gamma=0.4",
@@ -40,11 +43,14 @@ FULL = {
     "dense": "",
     "streaming": ":window=4000",
     "lambda": ":window=4000",
+    "selfextend": ":window=1000,group=1",
+    "ropescale": ":factor=1",
     "triangle": ":local=4000",
 }
 SPARSE = [name for name in SMALL if name != "dense"]
-BLOCKWISE = [name for name in SPARSE if name not in ("streaming", "lambda", "triangle")]
-READING = ("streaming", "lambda", "triangle", "blocktopk", "flex")  # methods that change what is stored
+BLOCKWISE = [name for name in SPARSE if hasattr(method(name), "dense_layers")]
+MOVING = ("streaming", "lambda", "ladder", "selfextend", "ropescale")
+READING = (*MOVING, "triangle", "blocktopk", "flex")  # methods that change what is stored
 CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -234,7 +240,7 @@ def test_crop_and_feed_again(name: str) -> None:
     same(answer(context, question[63:]), straight)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", [name for name in SPARSE if name != "ropescale"])
 def test_short_texts_are_dense(name: str) -> None:
     text = words(180)
     sparse, dense = engine(SMALL[name]).read(text), engine("dense").read(text)
@@ -254,7 +260,7 @@ def test_methods_that_only_ask_store_what_dense_stores(name: str) -> None:
 @pytest.mark.parametrize("name", READING)
 def test_methods_that_write_have_readings_of_their_own(name: str) -> None:
     some = engine(SMALL[name])
-    assert len({some.root, engine("dense").root, engine(name).root}) == 3
+    assert len({some.root, engine("dense").root, engine(name + FULL[name]).root}) == 3
     prompt = words(1100)
     fresh = some.begin(prompt)
     again = some.begin(prompt)
@@ -289,12 +295,41 @@ def test_nothing_has_the_size_of_rows_times_keys(name: str) -> None:
     assert not wide.found
 
 
-@pytest.mark.parametrize("name", ["streaming", "lambda"])
+@pytest.mark.parametrize("name", MOVING)
 def test_texts_beyond_the_window(name: str) -> None:
     text = words(2500)
     with pytest.raises(ModelError, match="2,500 tokens exceed"):
         engine("dense").read(text)
     assert len(answer(engine(SMALL[name]).read(text))[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ("selfextend:window=200,group=4", 4 * (2048 - 200 + 50)),
+        ("selfextend:window=200,tokens=8000", 10 * (2048 - 200 + 20)),  # the least g with 7800 / g <= 824
+        ("ropescale:factor=3", 3 * 2048),
+        ("ropescale:factor=3+quest", 3 * 2048),
+        ("ropescale:factor=2+selfextend:window=200,group=4", 4 * (4096 - 200 + 50)),
+    ],
+)
+def test_how_far_the_window_reaches(text: str, window: int) -> None:
+    some = engine(text)
+    assert some.window == window
+    some.fits(window)
+    with pytest.raises(ModelError, match="exceed the model's window"):
+        some.fits(window + 1)
+
+
+def test_scaling_and_a_sparse_method_at_once() -> None:
+    """The questions are sparse, the reading is that of the scaling alone."""
+    text, sparse = words(2500), f"ropescale:factor=2+{SMALL['quest']}"
+    both, scaled = engine(sparse), engine("ropescale:factor=2")
+    assert both.root == scaled.root and both.identity != scaled.identity
+    assert torch.equal(stored(both.read(text)), stored(scaled.read(text)))
+    full = engine("ropescale:factor=2+quest:budget=4096").read(text)
+    same(answer(full), answer(scaled.read(text)))
+    assert not torch.allclose(answer(both.read(text))[1], answer(full)[1], atol=1e-3)
 
 
 def test_a_rotation_that_is_not_known() -> None:
@@ -320,6 +355,14 @@ def test_a_rotation_that_is_not_known() -> None:
         ("quest:guard=always", "guard is 'always'"),
         ("quest:guard=certified:2", "guard is"),
         ("streaming:sinks=0", "sinks is 0"),
+        ("ladder:budget=300", "too small"),
+        ("ladder:span=2,overlap=2", "overlap is 2"),
+        ("selfextend:window=0", "out of range"),
+        ("ropescale:kind=dynamic", "no rope scaling 'dynamic'"),
+        ("ropescale:factor=0.5", "factor is 0.5"),
+        ("ropescale:inner=quest", "no parameter 'inner'"),
+        ("ropescale+sparse", "no attention method 'sparse'"),
+        ("quest+mean", "cannot be combined"),
         ("triangle:start=2", "out of range"),
         ("blocktopk:budget=64", "too small"),
         ("flex:cell=100", "cell is 100"),
@@ -329,3 +372,16 @@ def test_a_rotation_that_is_not_known() -> None:
 def test_what_cannot_be_asked_for(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         method(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ladder:span=3,overlap=2", "drops nothing in some of 4 layers"),
+        ("ladder:width=500", "drops nothing"),
+        ("selfextend:window=1024", "no room in the model's 2048"),
+    ],
+)
+def test_what_does_not_suit_a_model(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        engine(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.guard import bracket, limit_of
 from agentctx.runtime.layer import LayerKV, Scoring
 from agentctx.runtime.methods.blocks import BestBlocks
+from agentctx.runtime.methods.ladder import Ladder
 from agentctx.runtime.methods.lminfinite import Lambda
+from agentctx.runtime.methods.selfextend import SelfExtend
 from agentctx.runtime.methods.streaming import Streaming
 from agentctx.runtime.methods.table import method
 from agentctx.runtime.methods.triangle import Triangle
@@ -165,6 +168,55 @@ def test_positions_are_moved_as_defined(some: Streaming, rows: int) -> None:
         for head in range(4):
             query = turned(q[0, head, row][None], torch.tensor([own]))
             exact = attended(query, turned(k[head // 2, kept], stands), v[head // 2, kept])
+            torch.testing.assert_close(found.out[0, head, row].double(), exact[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize(("group", "window"), [(4, 130), (7, 200), (3, 128)])
+def test_far_tokens_stand_in_groups(rows: int, group: int, window: int) -> None:
+    tokens = 700
+    q, k, v = drawn(rows, tokens=tokens, rows=rows, group=2)
+    places = torch.arange(tokens)
+    some = SelfExtend(group=group, window=window)
+    found = some.part(turned(q, places[-rows:]).float(), layer(turned(k, places).float(), v))
+    for row in range(rows):
+        position = tokens - rows + row
+        seen = places[: position + 1]
+        grouped = position // group + window - window // group - seen // group
+        distance = torch.where(position - seen < window, position - seen, grouped)
+        for head in range(4):
+            keys = turned(k[head // 2, seen], -distance)
+            exact = attended(q[0, head, row][None], keys, v[head // 2, seen])
+            torch.testing.assert_close(found.out[0, head, row].double(), exact[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize(
+    ("index", "kept"),  # of a ladder of three columns of two tokens over six layers
+    [(0, (0, 1)), (2, (0, 1, 2, 3)), (4, (2, 3, 4, 5)), (5, (4, 5))],
+)
+def test_a_ladder_thins_what_is_old(rows: int, index: int, kept: tuple[int, ...]) -> None:
+    """Against a cache that is filled token by token."""
+    tokens, budget, sinks, recent = 700, 256, 4, 64
+    q, k, v = drawn(rows, tokens=tokens, rows=rows, group=2)
+    some = Ladder(budget=budget, span=3, overlap=1, width=2, recent=recent)
+    places = torch.arange(tokens)
+    kv = replace(layer(turned(k, places).float(), v, index=index), layers=6)
+    found = some.part(turned(q, places[-rows:]).float(), kv)
+    cache: list[int] = []
+    for position in range(tokens):
+        if len(cache) == budget:
+            middle = cache[sinks : budget - recent]
+            thinned = [token for at, token in enumerate(middle) if at % 6 in kept]
+            cache = cache[:sinks] + thinned + cache[budget - recent :]
+        cache.append(position)
+        row = position - (tokens - rows)
+        if row < 0 or row % 19:
+            continue
+        stands = torch.arange(len(cache))
+        for head in range(4):
+            query = turned(q[0, head, row][None], stands[-1:])
+            exact = attended(query, turned(k[head // 2, cache], stands), v[head // 2, cache])
             torch.testing.assert_close(found.out[0, head, row].double(), exact[0], atol=1e-4, rtol=0)
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from agentctx.memory.kv.pool import KVShape
-from agentctx.runtime.hf.adopt import refuse, take_over
+from agentctx.runtime.hf.adopt import refusal, refuse, take_over
 from agentctx.runtime.hf.cache import PagedCache
 from agentctx.runtime.hf.probe import probe
-from agentctx.runtime.rotation import Rotation
+from agentctx.runtime.rotation import RopeScaling, Rotation
 from agentctx.runtime.state import KVState
 
 
@@ -54,6 +54,19 @@ class HFBody:
         cache.check()
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def rescaled(self, scaling: RopeScaling) -> HFBody:
+        """See `Body`. The model itself is changed, and proves itself once more."""
+        tables = [
+            part for part in self.model.modules() if isinstance(getattr(part, "inv_freq", None), Tensor)
+        ]
+        if len(tables) != 1 or getattr(tables[0], "rope_type", None) != "default":
+            raise refusal(self.model, "its rotary positions are not one plain table, to be scaled")
+        inv_freq, tables[0].attention_scaling = scaling.table(tables[0].inv_freq, self.window)
+        tables[0].inv_freq.copy_(inv_freq)
+        found = HFBody(self.model)
+        found.window = scaling.window(self.window)
+        return found
 
     def _rotations(self) -> tuple[Rotation | None, ...]:
         """Those of the layers, found out when a method first needs them."""

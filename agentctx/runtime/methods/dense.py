@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from agentctx.kernels.records import Attention
+from agentctx.memory.errors import ConfigError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.layer import LayerKV
 
 if TYPE_CHECKING:
+    from agentctx.runtime.body import Body
     from agentctx.runtime.engine import Context
 
 
@@ -41,6 +44,20 @@ class Dense:
     def joins(self) -> bool:
         """Whether its attention may be one part of several: what comes before a sequence is read whole."""
         return not self.moves
+
+    def on(self, body: Body) -> tuple[Body, Dense]:
+        """The model as the method needs it, and the method with what it takes from the model."""
+        return body, self
+
+    def over(self, inner: Dense) -> Dense:
+        """Both at once. Raises ConfigError for methods that cannot be combined."""
+        raise ConfigError(
+            f"{self.name} cannot be combined with {inner.name}", hint="ropescale:factor=4+quest can be"
+        )
+
+    def reach(self, window: int) -> int:
+        """Tokens that a text may have, for a model of a window."""
+        return sys.maxsize if self.endless else window
 
     def attend(self, q: Tensor, kv: LayerKV) -> Attention:
         """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from agentctx.kernels.records import Attention
 from agentctx.runtime.layer import LayerKV
+from agentctx.runtime.methods.moving import moved
 from agentctx.runtime.methods.sparse import positions
-from agentctx.runtime.methods.streaming import Streaming, first_tokens, given_attention, moved
+from agentctx.runtime.methods.streaming import Streaming, first_tokens, given_attention
 
 
 @dataclass(frozen=True)

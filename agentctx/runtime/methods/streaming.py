@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels.merge import merge_lse
-from agentctx.kernels.records import Attention, KVPages
-from agentctx.kernels.store import unpack_pages
+from agentctx.kernels.records import Attention
 from agentctx.kernels.tokens import pseudo_attention
-from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.memory.errors import ConfigError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.layer import LayerKV
+from agentctx.runtime.methods.moving import moved, tokens_of
 from agentctx.runtime.methods.sparse import Sparse, positions
 
 
@@ -61,26 +61,10 @@ class Streaming(Sparse):
         return given_attention(moved(q, positions(q, kv)[0], self.limit - 1, kv), k, v, kv)
 
 
-def moved(x: Tensor, at: Tensor, to: int, kv: LayerKV) -> Tensor:
-    """Rows `[1, H, T, D]` that stand at positions `at [T]`, all turned to `to`."""
-    rotation = kv.scoring.rotation
-    if rotation is None:
-        raise ModelError(
-            f"the rotation of positions in layer {kv.index} is not known, this attention method needs it",
-            code="unsupported",
-            hint="choose dense, quest or mean",
-        )
-    return rotation.move(x, at, torch.full_like(at, to))
-
-
 def first_tokens(kv: LayerKV, count: int) -> tuple[Tensor, Tensor]:
     """K and V `[1, Hkv, count, D]` of the first tokens of a sequence, from its first page."""
-    page, pages = int(kv.table[0, 0]), kv.pages
-    one = KVPages(
-        pages.k[page : page + 1], pages.v[page : page + 1], pages.page_tokens, pages.head_dim, pages.format
-    )
-    plain = unpack_pages(one) if one.format == "packed" else one
-    return plain.k[:, :, :count], plain.v[:, :, :count]
+    k, v = tokens_of(kv, torch.zeros(1, dtype=torch.int64, device=kv.table.device))
+    return k[:, :, :count], v[:, :, :count]
 
 
 def given_attention(q: Tensor, k: Tensor, v: Tensor, kv: LayerKV) -> Attention:

@@ -21,6 +21,9 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "adamas": "adamas:Adamas",
         "streaming": "streaming:Streaming",
         "lambda": "lminfinite:Lambda",
+        "ladder": "ladder:Ladder",
+        "selfextend": "selfextend:SelfExtend",
+        "ropescale": "ropescale:RopeScale",
         "triangle": "triangle:Triangle",
         "blocktopk": "blocktopk:BlockTopK",
         "flex": "flexprefill:FlexPrefill",
@@ -45,9 +48,12 @@ def place_of(text: str) -> str:
 
     Raises ConfigError for an unknown name.
     """
-    name = text.partition(":")[0]
+    first, _, inner = text.partition("+")
+    if inner:
+        place_of(inner)
+    name = first.partition(":")[0]
     known = {**METHODS, **EVICTORS}
-    place = {**known, **ANCHORS, **EVICTING_ANCHORS}.get(AUTO if text == "auto" else name)
+    place = {**known, **ANCHORS, **EVICTING_ANCHORS}.get(AUTO if name == "auto" else name)
     if place is None:
         raise ConfigError(f"there is no attention method {name!r}", hint=f"known: auto, {', '.join(known)}")
     return place
@@ -56,12 +62,17 @@ def place_of(text: str) -> str:
 def method(text: str) -> Dense:
     """The method that `NAME` or `NAME:key=value,key=value` describes; "auto" chooses.
 
-    Raises ConfigError for an unknown name or parameter, or a value out of range.
+    `A+B` is A with what it leaves open done by B: `ropescale:factor=4+quest`. Raises ConfigError for an
+    unknown name or parameter, a value out of range, or methods that cannot be combined.
     """
+    text, _, inner = text.partition("+")
     module, _, title = place_of(text).partition(":")
     name, _, options = text.partition(":")
     kind: type[Dense] = getattr(import_module(f"agentctx.runtime.methods.{module}"), title)
-    known: dict[str, Any] = {field.name: field.default for field in fields(kind)}
+    defaults = {field.name: field.default for field in fields(kind)}
+    known: dict[str, Any] = {
+        key: value for key, value in defaults.items() if isinstance(value, int | float | str)
+    }
     values: dict[str, float | str] = {}
     for part in filter(None, options.split(",")):
         key, _, value = part.partition("=")
@@ -71,4 +82,4 @@ def method(text: str) -> Dense:
             values[key] = type(known[key])(value)
         except ValueError as error:
             raise ConfigError(f"{name}: {key} is {value!r}", hint=f"a number like {known[key]}") from error
-    return kind(**values)
+    return kind(**values).over(method(inner)) if inner else kind(**values)

@@ -1,0 +1,7 @@
+"""The dtypes that keys and values may be held in. Imports nothing: settings are read before torch is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+KVDtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
