@@ -30,6 +30,7 @@ RANKS = {
     "runs": 1,
     "session": 1,
     "api": 2,
+    "reading": 2,
     "settings": 2,
     "result": 2,
     "doctor": 2,

@@ -24,7 +24,7 @@ from agentctx.models.manifest import Manifest
 from agentctx.models.table import Linears
 from agentctx.paths import KV_BYTES
 from agentctx.runtime.engine import Engine
-from agentctx.runtime.memory import is_out_of_memory, spare_bytes
+from agentctx.runtime.memory import spare_bytes
 from agentctx.runtime.methods.table import method
 
 if TYPE_CHECKING:
@@ -118,8 +118,10 @@ def go_offline() -> None:
 def _read(folder: Path, dtype: torch.dtype, device: str, name: str) -> tuple[Body, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 
+    from agentctx.models.failures import memory_errors
+
     try:
-        with _memory_errors(name):
+        with memory_errors(name):
             return _read_body(folder, dtype, device), _read_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
@@ -260,18 +262,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _memory_errors(name: str) -> Iterator[None]:
-    from agentctx.models.failures import out_of_memory
-
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(name) from error
-        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,157 @@
+"""A local model that reads a text once and answers from it as often as asked.
+
+    from agentctx import Engine
+    engine = Engine.load("smollm2")
+    with engine.read(text) as reading:
+        print(reading.ask("Which court ruled?").text)
+
+The keys and values of what is read stay in memory while there is room, and on disk: another process that
+reads the same text, or one that begins alike, computes only what is new.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from langchain_core.messages import BaseMessage
+
+from agentctx.memory.errors import ModelError
+from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.memory.types import Document
+from agentctx.models.failures import memory_errors
+from agentctx.models.load import open_model
+from agentctx.models.template import ChatTemplate
+from agentctx.models.weights import Weights
+from agentctx.paths import KV_BYTES, Paths
+from agentctx.reading.frame import Frame, chat_frame, own_frame
+from agentctx.reading.offsets import Offsets
+from agentctx.reading.reading import Reading
+from agentctx.reading.records import Window
+from agentctx.reading.texts import Text, document_of
+from agentctx.reading.tokens import Tokens
+from agentctx.secret import SIZE, kept_secret
+from agentctx.workflows.fence import draw_tag
+
+if TYPE_CHECKING:
+    from agentctx.models.fetch import Progress
+    from agentctx.models.table import Linears
+
+ASSUMED = 4096  # tokens that a model is taken to read well at most, where nobody has measured it
+
+
+class Engine:
+    """One model, its KV memory, and the store of what it has read."""
+
+    def __init__(self, weights: Weights, *, secret: bytes | None = None, reliable: int | None = None) -> None:
+        """`secret`: what delimiters are made of, drawn if there is none; texts that are to be reopened by
+        another process need the same. `reliable`: tokens that the model was measured to read well.
+        """
+        self.weights = weights
+        self.runtime = weights.engine
+        self.tokens = Tokens(weights.tokenizer)
+        self._template = ChatTemplate(weights.tokenizer) if weights.tokenizer.chat_template else None
+        self._secret = secret or secrets.token_bytes(SIZE)
+        self._reliable = reliable
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] = "smollm2",
+        *,
+        attention: str = "auto",
+        linears: Linears = "auto",
+        memory_bytes: int | None = None,
+        kv_bytes: int = KV_BYTES,
+        paths: Paths | None = None,
+        offline: bool = False,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load `smollm2`, a folder of safetensors, a .gguf file or a hub id.
+
+        `attention`: `NAME` or `NAME:key=value,...`; `linears`: "bf16", "int4" or "auto". `memory_bytes`
+        bounds weights and KV in memory (None: 60 % of what is free), `kv_bytes` the KV on disk, in `paths` or
+        this user's folders; 0 writes nothing. `offline` forbids downloads. Raises ConfigError and ModelError
+        as `models.load.open_model` does; ModelError (unsupported) for an endpoint.
+        """
+        from agentctx.models.local import LocalChat
+
+        paths = paths or Paths.default()
+        model = open_model(
+            os.fspath(source),
+            paths=paths,
+            offline=offline,
+            attention=attention,
+            linears=linears,
+            kv_bytes=kv_bytes,
+            memory_bytes=memory_bytes,
+            progress=progress,
+        )
+        if not isinstance(model.chat, LocalChat):
+            raise ModelError(
+                f"{source} is an endpoint: its KV is out of reach",
+                code="unsupported",
+                hint="name a local model, or use Context",
+            )
+        secret = kept_secret(paths.secret) if kv_bytes else None
+        return cls(model.chat.weights, secret=secret, reliable=model.profile.reliable)
+
+    @property
+    def window(self) -> Window:
+        """How much the model takes, and how much of that it reads well. Plan with `reliable`."""
+        context = self.weights.context
+        memory = self.runtime.pool.capacity * PAGE_TOKENS
+        if self._reliable is None:
+            return Window(context, context, min(context, ASSUMED), memory, "assumed")
+        return Window(context, context, min(context, self._reliable), memory, "measured")
+
+    def count(self, text: str | Sequence[BaseMessage]) -> int:
+        """Tokens of a text, or of a finished prompt of messages with the chat template around them."""
+        if isinstance(text, str):
+            return len(self.tokens.data(text).ids)
+        return len(self._chat().encode(text))
+
+    def read(
+        self,
+        source: Document | str | Sequence[int],
+        *,
+        prefix: str | None = None,
+        keep: bool = True,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Reading:
+        """Hold a text, computing what is held neither in memory nor on disk; with `keep`, on disk as well.
+
+        A text is read as data, in a turn of the chat template and between delimiters. `prefix` takes the
+        place of all that stands before it, control tokens and all: "" reads the bare text, for `generate`;
+        for `ask` it must open the turn. Token ids are read as they are, after `prefix` if there is one.
+
+        `cancel` is looked at between pieces of 512 tokens: then the reading is not complete, and reading the
+        same again goes on there. `progress` is told the tokens held and wanted. Raises ModelError: overflow
+        beyond the window, out_of_memory; InputError for a text that is not Unicode; StoreError.
+        """
+        if isinstance(source, str | Document):
+            source = document_of(source) if isinstance(source, str) else source
+            frame = self._framed(source) if prefix is None else own_frame(self._template, prefix)
+            ids, offsets = self.tokens.data(source.text)
+            before = ([] if prefix is None else self.tokens.opening) + self.tokens.prompt(frame.before)
+            text = Text(source, offsets, len(before))
+        else:
+            frame = own_frame(self._template, prefix or "")
+            ids, before = list(source), self.tokens.prompt(frame.before)
+            text = Text(None, Offsets([(0, 0)] * len(ids), 0), len(before))
+        wanted = before + ids
+        with memory_errors(self.weights.name):
+            context = self.runtime.read(wanted, keep=keep, cancelled=cancel, progress=progress)
+        return Reading(self, context, wanted, (text,), frame, keep)
+
+    def _framed(self, document: Document) -> Frame:
+        if self._template is None:
+            return own_frame(None, "")
+        return chat_frame(self._template, draw_tag([document], self._secret))
+
+    def _chat(self) -> ChatTemplate:
+        return self._template or ChatTemplate(self.weights.tokenizer)  # which raises

@@ -1,0 +1,59 @@
+"""Text to token ids in two ways: as data, in which nothing is a control token, and as words of the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agentctx.reading.offsets import Offsets
+from agentctx.reading.texts import check_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, and where each stands in it."""
+
+    ids: list[int]
+    offsets: Offsets
+
+
+class Tokens:
+    """A fast tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        fast: Any = tokenizer
+        self.backend = fast.backend_tokenizer
+        controls = {str(token) for token in fast.added_tokens_decoder.values() if token.special}
+        self._control = re.compile(
+            f"(?={'|'.join(map(re.escape, sorted(controls)))})" if controls else "(?!)"
+        )
+        bare, opened = self.prompt("x"), list(self.backend.encode("x").ids)
+        self.opening = opened[: opened.index(bare[0])] if bare else []  # what every sequence begins with
+
+    def data(self, text: str) -> Encoded:
+        """A text that is not trusted: where it holds a control token, it is cut after the first character of
+        it, and the pieces are only text. Raises InputError for what is not Unicode.
+        """
+        check_unicode(text)
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        for start, piece in self._pieces(text):
+            found = self.backend.encode(piece, add_special_tokens=False)
+            ids += found.ids
+            ranges += [(start + a, start + b) for a, b in found.offsets]
+        return Encoded(ids, Offsets(ranges, len(text)))
+
+    def prompt(self, text: str) -> list[int]:
+        """A text of ours or the caller's, control tokens and all."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, str]]:
+        start = 0
+        for found in self._control.finditer(text):
+            yield start, text[start : found.start() + 1]
+            start = found.start() + 1
+        yield start, text[start:]
