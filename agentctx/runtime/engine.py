@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import PAGE_TOKENS, PagePool
 from agentctx.memory.kv.prefixes import PrefixIndex
 from agentctx.memory.kv.store import BlockStore
@@ -48,6 +49,12 @@ class Context:
     @property
     def table(self) -> BlockTable:
         return self.state.tables[0]
+
+    @classmethod
+    def over(cls, engine: Engine, past: Past, ids: Sequence[int]) -> Context:
+        """Go on after chosen tokens; `ids` are the tokens of the text. Closes `past` when it is closed."""
+        state = KVState(engine.pool, [BlockTable(engine.pool)], engine.method, [0], 0, False, pasts=[past])
+        return cls(engine, state, list(ids), reused=len(ids))
 
     def fork(self) -> Context:
         """The same past, to go on from in another way: no page is copied until one of the two writes to
@@ -196,7 +203,7 @@ class Engine:
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
         """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
 
-        `pads`: for each row, how many columns on the left are padding; only for contexts that are empty.
+        `pads`: for each row, how many columns on the left are padding; only where nothing is in the table.
         """
         with self.lock, torch.inference_mode():
             if len(contexts) == 1 and not pads:
@@ -205,7 +212,8 @@ class Engine:
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
             first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
-            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes)
+            pasts = [context.state.pasts[0] for context in contexts]
+            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes, pasts)
             hidden = self.body.forward(ids, state)
             for context in contexts:
                 context.state.settle()

@@ -101,6 +101,30 @@ class LayerKV:
         )
 
 
+def attend_past(
+    q: Tensor, pages: KVPages, tiles: Tensor, lens: Tensor, longest: int, scoring: Scoring
+) -> Attention:
+    """Attention of every row of q `[B, Hq, T, D]` to all tokens of `tiles [Hkv, NT]`; head h has `lens[h]`.
+
+    The heads become the sequences of a batch, and the rows, which see the same, one long query of each.
+    """
+    batch, heads, new, size = q.shape
+    kv_heads, group = len(lens), heads // len(lens)
+    rows = q.reshape(batch, kv_heads, group, new, size).permute(1, 2, 0, 3, 4)
+    rows = rows.reshape(kv_heads, group, batch * new, size)
+    scale, softcap = scoring.scale, scoring.softcap
+    if group * batch * new <= DECODE_ROWS:
+        flat = rows.reshape(kv_heads, -1, 1, size)
+        out, lse = dense_decode(flat, pages, tiles, lens, scale=scale, softcap=softcap)
+    else:
+        out, lse = dense_prefill(rows, pages, tiles, lens, q_offset=longest, scale=scale, softcap=softcap)
+    shape = (kv_heads, group, batch, new)
+    return Attention(
+        out.reshape(*shape, size).permute(2, 0, 1, 3, 4).reshape(q.shape),
+        lse.reshape(shape).permute(2, 0, 1, 3).reshape(q.shape[:3]),
+    )
+
+
 def with_sinks(found: Attention, sinks: Tensor | None) -> Tensor:
     """The output with learned sink logits `[Hq]` in the denominator (they have no value of their own)."""
     if sinks is None:

@@ -70,6 +70,13 @@ class PagePool:
             KVPages(self._k[:, layer], self._v[:, layer], PAGE_TOKENS, shape.head_dim, shape.format)
             for layer in range(shape.layers)
         )
+        self.tiles = KVPages(  # of one layer and head each: tile (page * layers + layer) * Hkv + head
+            self._k.flatten(0, 2)[:, None],
+            self._v.flatten(0, 2)[:, None],
+            PAGE_TOKENS,
+            shape.head_dim,
+            shape.format,
+        )
         self._references = [0] * self.capacity
         self._free = list(range(self.capacity - 1, -1, -1))  # the lowest ids first: the least is committed
         self.spare: Callable[[int], None] | None = None  # asked to release pages when too few are free
@@ -131,6 +138,15 @@ class PagePool:
         if self.shape.format == "packed":
             pages = pack_pages(pages)
         self._k[page], self._v[page] = pages.k, pages.v
+
+    def fill(self, tiles: Tensor, k: Tensor, v: Tensor) -> None:
+        """Fill `tiles [n]`, ids of `self.tiles`, with K and V `[tokens, D]` in plain order, 64 n or fewer."""
+        room = (0, 0, 0, len(tiles) * PAGE_TOKENS - len(k))
+        size = (len(tiles), 1, PAGE_TOKENS, self.shape.head_dim)
+        pages = KVPages(F.pad(k, room).view(size), F.pad(v, room).view(size), PAGE_TOKENS, size[-1])
+        if self.shape.format == "packed":
+            pages = pack_pages(pages)
+        self.tiles.k[tiles.long()], self.tiles.v[tiles.long()] = pages.k, pages.v
 
     def _page(self, page: int) -> KVPages:
         """The layers of one page as the pages of a pool."""
