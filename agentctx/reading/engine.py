@@ -15,11 +15,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from langchain_core.messages import BaseMessage
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.types import Document
 from agentctx.models.failures import memory_errors
@@ -31,6 +33,8 @@ from agentctx.reading.frame import Frame, chat_frame, own_frame
 from agentctx.reading.offsets import Offsets
 from agentctx.reading.reading import Reading
 from agentctx.reading.records import Window
+from agentctx.reading.request import Place
+from agentctx.reading.sources import Source, gathered
 from agentctx.reading.texts import Text, document_of
 from agentctx.reading.tokens import Tokens
 from agentctx.secret import SIZE, kept_secret
@@ -146,7 +150,54 @@ class Engine:
         wanted = before + ids
         with memory_errors(self.weights.name):
             context = self.runtime.read(wanted, keep=keep, cancelled=cancel, progress=progress)
-        return Reading(self, context, wanted, (text,), frame, keep)
+        return Reading(self, context, wanted, (text,), frame, keep=keep)
+
+    def compose(
+        self,
+        readings: Sequence[Reading | tuple[Reading, Sequence[Place]]],
+        *,
+        order: Literal["sequence", "set"] = "sequence",
+    ) -> Reading:
+        """Several readings, or these places of them, as one: what stands before the texts once, then each.
+
+        Nothing is computed but the places of keys. "sequence": one text after the other; "set": all at the
+        same places, so that their order does not matter (Set-Based Prompting, arXiv 2406.06581). The texts
+        did not see one another when they were read, which costs quality; `reread=True` when asking computes
+        them in one piece. Raises ConfigError for readings with different beginnings, ModelError: unsupported
+        for a model whose keys cannot be moved, out_of_memory, overflow beyond the window.
+        """
+        pairs = [one if isinstance(one, tuple) else (one, None) for one in readings]
+        if not pairs:
+            raise ConfigError("there is nothing to compose")
+        first = pairs[0][0]
+        before = first.tokens()[: first.texts[0].first]
+        sources: list[Source] = []
+        texts: list[Text] = []
+        at = end = len(before)
+        try:
+            for reading, places in pairs:
+                if reading.tokens()[: reading.texts[0].first] != before:
+                    raise ConfigError(
+                        "the readings begin differently, so no beginning serves them all",
+                        hint="read them with the same prefix=",
+                    )
+                place = sum(len(source.kept) for source in sources)
+                texts += [replace(text, first=place + text.first) for text in reading.texts]
+                sources.append(source := reading.part(places, at, opening=not sources))
+                used = int(source.kept[len(before) :].sum())
+                end = max(end, at + used)
+                at += used if order == "sequence" else 0
+            ids = [token for reading, _ in pairs for token in reading.tokens()]
+            kept = torch.cat([source.kept for source in sources]).tolist()
+            held = [token for token, used in zip(ids, kept, strict=True) if used]
+            self.runtime.fits(len(held))
+            with memory_errors(self.weights.name):
+                context = gathered(self.runtime, sources, held, end)
+        except BaseException:
+            for source in sources:
+                source.close(self.runtime)
+            raise
+        return Reading(self, context, ids, tuple(texts), first.frame, sources=sources)
 
     def _framed(self, document: Document) -> Frame:
         if self._template is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Span
@@ -15,7 +15,7 @@ Place = Span | tuple[int, int]  # of a reading: a Span, or characters of its onl
 
 
 class Options(TypedDict, total=False):
-    """See `Request`, which they are the fields of."""
+    """How to answer: the fields of `Request` with these names."""
 
     max_new_tokens: int
     stop: str | Sequence[str]
@@ -24,6 +24,39 @@ class Options(TypedDict, total=False):
     top_p: float
     cancel: threading.Event | None
     exact: bool
+
+
+class Asking(Options, total=False):
+    """And from which part of a reading: the fields of `Focus`."""
+
+    pins: Sequence[Place]
+    attend_only: Sequence[Place] | None
+    drop: Sequence[Place]
+    reread: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Focus:
+    """What of a text an answer sees. Tokens that hold any character of a span count as in it; what stands
+    before the text, its first tokens where nothing does, the question and the answer are always seen.
+
+    `attend_only`: only these spans. `drop`: not these. Other tokens keep what they took from dropped ones
+    when they were read, unless `reread` computes them anew. `pins`: a method that chooses blocks always takes
+    those of these spans.
+    """
+
+    pins: Sequence[Place] = ()
+    attend_only: Sequence[Place] | None = None
+    drop: Sequence[Place] = ()
+    reread: bool = False
+
+
+def split(options: Asking) -> tuple[Focus, Request]:
+    """Both, of what a caller gave. Raises TypeError for a name that neither knows."""
+    names = Focus.__dataclass_fields__
+    focus: Any = {name: value for name, value in options.items() if name in names}
+    rest: Any = {name: value for name, value in options.items() if name not in names}
+    return Focus(**focus), Request(**rest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from agentctx.runtime.speculate import Speculation
 class Speech:
     """One answer while it is made; `most` tokens are left to it by its request and the window."""
 
-    def __init__(self, weights: Weights, context: Context, request: Request) -> None:
+    def __init__(self, weights: Weights, context: Context, request: Request, *, since: int = 0) -> None:
+        """`since`: tokens that were computed for `context` before, and do not count."""
         from tokenizers.decoders import DecodeStream
 
         self.weights = weights
@@ -33,6 +34,7 @@ class Speech:
         self.token_ids: list[int] = []
         self.finish: Finish | None = None
         self.most = 0
+        self._since = since
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stops = StopFilter(request.stops)
         self._sent = 0  # tokens
@@ -46,11 +48,13 @@ class Speech:
         if not ids:
             if not context.ids:
                 raise ConfigError("there is no text to go on from", hint="read something, or give a prompt")
+            if any(context.state.pasts) and not context.table.tokens:
+                raise ConfigError("where parts of a text are hidden, a prompt is needed to go on from")
             ids = context.ids[-1:]
             context.crop(len(context.ids) - 1)
-        held, before = len(context.ids), context.computed
+        reused = len(context.ids) - (context.computed - self._since)
         hidden = context.feed(ids, cancelled=self.request.cancelled)
-        self.usage = Usage(len(context.ids), held, context.computed - before)
+        self.usage = Usage(len(context.ids), reused, context.computed - self._since)
         endless = context.engine.method.endless
         room = self.request.max_new_tokens if endless else self.weights.context - len(context.ids)
         self.most = min(self.request.max_new_tokens, room)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agentctx.memory.errors import InputError
-from agentctx.memory.types import Document
+from agentctx.memory.errors import ConfigError, InputError
+from agentctx.memory.types import Document, Span
 from agentctx.reading.offsets import Offsets
 
 
@@ -19,6 +20,32 @@ class Text:
     document: Document | None
     offsets: Offsets
     first: int
+
+    def tokens(self, start: int, end: int) -> range:
+        """The tokens of the reading that hold these characters; ConfigError for characters it has not."""
+        if self.document is None:
+            raise ConfigError("what was read as token ids has no characters", hint="read the text itself")
+        if not 0 <= start <= end <= self.offsets.characters:
+            raise ConfigError(f"characters {start} to {end} are not in a text of {self.offsets.characters:,}")
+        found = self.offsets.tokens(start, end)
+        return range(self.first + found.start, self.first + found.stop)
+
+
+def located(texts: Sequence[Text], places: Sequence[Span | tuple[int, int]]) -> list[range]:
+    """The tokens of each place. A pair of characters is enough where there is one text only."""
+    found = []
+    for place in places:
+        if isinstance(place, Span):
+            named = place.document_id
+            within = [text for text in texts if text.document and text.document.id == named]
+            if not within:
+                raise ConfigError(f"no text of this reading has the id {named[:12]}…: {place}")
+            found += [text.tokens(place.start, place.end) for text in within]
+        elif len(texts) > 1:
+            raise ConfigError(f"characters {place} of which of {len(texts)} texts?", hint="give a Span")
+        else:
+            found.append(texts[0].tokens(*place))
+    return found
 
 
 def document_of(text: str, source: str = "<text>") -> Document:
