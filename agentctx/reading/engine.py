@@ -25,7 +25,7 @@ from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.types import Document
 from agentctx.models.failures import memory_errors
-from agentctx.models.load import open_model
+from agentctx.models.load import ENDPOINT, open_model
 from agentctx.models.template import ChatTemplate
 from agentctx.models.weights import Weights
 from agentctx.paths import KV_BYTES, Paths
@@ -83,9 +83,15 @@ class Engine:
         """
         from agentctx.models.local import LocalChat
 
-        paths = paths or Paths.default()
+        name, paths = os.fspath(source), paths or Paths.default()
+        if name.startswith(ENDPOINT):
+            raise ModelError(
+                f"{name} is an endpoint: what it has read is out of reach",
+                code="unsupported",
+                hint="name a local model, or use Context",
+            )
         model = open_model(
-            os.fspath(source),
+            name,
             paths=paths,
             offline=offline,
             attention=attention,
@@ -94,12 +100,7 @@ class Engine:
             memory_bytes=memory_bytes,
             progress=progress,
         )
-        if not isinstance(model.chat, LocalChat):
-            raise ModelError(
-                f"{source} is an endpoint: its KV is out of reach",
-                code="unsupported",
-                hint="name a local model, or use Context",
-            )
+        assert isinstance(model.chat, LocalChat), model.chat
         secret = kept_secret(paths.secret) if kv_bytes else None
         return cls(model.chat.weights, secret=secret, reliable=model.profile.reliable)
 
