@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.types import Document, Span
@@ -40,31 +41,56 @@ def reference(
     *,
     most: int = MOST,
     own: Tensor | None = None,
-    positions: Sequence[int] | None = None,
 ) -> list[int]:
     """Greedy ids after `tail`, whose tokens and those generated see only the tokens `seen` of `ids`, which
-    have seen one another as far as `own` (bool, rows see columns) and stand at `positions`.
+    have seen one another as far as `own` (bool, rows see columns).
     """
     size, found = len(ids), list(tail)
-    places = list(range(size)) if positions is None else list(positions)
-    end = max(place for place, one in zip(places, seen.tolist(), strict=True) if one) + 1
-    end = end if positions is not None else size
-    while True:
+    model: Any = stock()
+    while len(found) < len(tail) + most:
         total = size + len(found)
         allowed = torch.ones(total, total, dtype=torch.bool).tril()
         if own is not None:
             allowed[:size, :size] &= own
         allowed[size:, :size] &= seen
         mask = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        at = torch.tensor([[*places, *range(end, end + len(found))]])
-        model: Any = stock()
         with torch.inference_mode():
-            logits = model(
-                torch.tensor([[*ids, *found]]), attention_mask=mask[None, None], position_ids=at
-            ).logits
-        if len(found) == len(tail) + most:
-            return found[len(tail) :]
+            logits = model(torch.tensor([[*ids, *found]]), attention_mask=mask[None, None]).logits
         found.append(int(logits[0, -1].argmax()))
+    return found[len(tail) :]
+
+
+def side_by_side(parts: Sequence[tuple[Sequence[int], Tensor, Tensor]], tail: Sequence[int]) -> list[int]:
+    """Greedy ids after `tail`, over texts that were each read alone: the tokens of `ids` that are `kept`,
+    their keys turned to the positions `new`.
+    """
+    model: Any = stock()
+    cache, end = DynamicCache(), 0
+    with torch.inference_mode():
+        layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.model.layers]
+        for ids, kept, new in parts:
+            held = model(torch.tensor([list(ids)]), use_cache=True).past_key_values
+            delta = (new - torch.arange(len(ids)))[kept]
+            for layer, of in zip(held.layers, layers, strict=True):
+                of.append((turned(layer.keys[:, :, kept], delta), layer.values[:, :, kept]))
+            end = max(end, int(new[kept].max()) + 1)
+        for number, of in enumerate(layers):
+            cache.update(*(torch.cat(x, 2) for x in zip(*of, strict=True)), number)
+        feed, found = list(tail), []
+        while len(found) < MOST:
+            at = torch.arange(end, end + len(feed))[None]
+            logits = model(torch.tensor([feed]), past_key_values=cache, position_ids=at).logits
+            found.append(int(logits[0, -1].argmax()))
+            end, feed = end + len(feed), found[-1:]
+    return found
+
+
+def turned(keys: Tensor, delta: Tensor) -> Tensor:
+    """Rotated keys `[1, H, T, D]` further by `delta [T]` positions."""
+    half = keys.shape[-1] // 2
+    angle = delta[:, None] / 10000.0 ** (torch.arange(half, dtype=torch.float64) / half)
+    low, high, cos, sin = keys[..., :half], keys[..., half:], angle.cos(), angle.sin()
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).float()
 
 
 def mask(reading: Reading, *hidden: tuple[int, int]) -> Tensor:
@@ -164,41 +190,41 @@ def test_a_branch_is_narrowed_step_by_step_and_keeps_what_was_said(subject: Engi
         assert three.coverage.visible == int(now[: len(ids)].sum()) - reading.texts[0].first
 
 
-def blocks(readings: Sequence[Reading], order: str) -> tuple[list[int], Tensor, list[int]]:
-    """Ids, who saw whom, and positions of readings side by side, what stands before them once."""
-    first = readings[0].texts[0].first
-    ids = list(readings[0].tokens()[:first])
-    groups, positions, at = [0] * first, list(range(first)), first
-    for number, reading in enumerate(readings, 1):
-        own = reading.tokens()[first:]
-        ids += own
-        groups += [number] * len(own)
-        positions += range(at, at + len(own))
-        at += len(own) if order == "sequence" else 0
-    group = torch.tensor(groups)
-    return ids, (group[:, None] == group) | (group == 0), positions
+def parts(
+    readings: Sequence[Reading], order: str, *hidden: tuple[int, range]
+) -> list[tuple[Sequence[int], Tensor, Tensor]]:
+    """For `side_by_side`, what stands before the texts once; without the tokens `hidden` of some readings."""
+    first = at = readings[0].texts[0].first
+    found = []
+    for number, reading in enumerate(readings):
+        index = torch.arange(len(reading.tokens()))
+        kept = (index >= first) | (number == 0)
+        for which, tokens in hidden:
+            if which == number:
+                kept[first + tokens.start : first + tokens.stop] = False
+        found.append((reading.tokens(), kept, torch.where(index < first, index, index + at - first)))
+        at += len(index) - first if order == "sequence" else 0
+    return found
 
 
 @pytest.mark.parametrize("order", ["sequence", "set"])
 def test_composed_readings_stand_side_by_side(subject: Engine, order: Any) -> None:
     with subject.read(A) as a, subject.read(B) as b, subject.read(C) as c:
-        ids, own, positions = blocks([a, b, c], order)
-        with subject.compose([a, b, c], order=order) as both:
+        readings, tail, first = [a, b, c], asked(a), a.texts[0].first
+        ids = [*a.tokens(), *b.tokens()[first:], *c.tokens()[first:]]
+        with subject.compose(readings, order=order) as both:
             reply = both.ask(QUESTION, max_new_tokens=MOST)
-            seen = torch.ones(len(ids), dtype=torch.bool)
-            assert list(reply.token_ids) == reference(ids, seen, asked(a), own=own, positions=positions)
+            assert list(reply.token_ids) == side_by_side(parts(readings, order), tail)
             assert both.usage.computed_tokens == 0 and both.usage.prompt_tokens == len(ids)
-            assert reply.usage.computed_tokens == len(asked(a))
-            assert reply.coverage.total == reply.coverage.visible == len(ids) - a.texts[0].first
+            assert reply.usage.computed_tokens == len(tail)
+            assert reply.coverage.total == reply.coverage.visible == len(ids) - first
             together = both.ask_many([QUESTION, "Why?"], max_new_tokens=MOST)
             assert together == [reply, both.ask("Why?", max_new_tokens=MOST)]
-            span = Span(B.id, 5, 40)
-            found = b.texts[0].offsets.tokens(5, 40)
-            seen[len(a.tokens()) + found.start : len(a.tokens()) + found.stop] = False
-            hidden = both.ask(QUESTION, drop=[span], max_new_tokens=MOST)
-            assert list(hidden.token_ids) == reference(ids, seen, asked(a), own=own, positions=positions)
+            hidden = both.ask(QUESTION, drop=[Span(B.id, 5, 40)], max_new_tokens=MOST)
+            without = parts(readings, order, (1, b.texts[0].offsets.tokens(5, 40)))
+            assert list(hidden.token_ids) == side_by_side(without, tail) != list(reply.token_ids)
             anew = both.ask(QUESTION, reread=True, max_new_tokens=MOST)
-            assert list(anew.token_ids) == reference(ids, torch.ones(len(ids)).bool(), asked(a))
+            assert list(anew.token_ids) == reference(ids, torch.ones(len(ids), dtype=torch.bool), tail)
 
 
 def test_the_order_of_a_set_does_not_matter(subject: Engine) -> None:
@@ -220,37 +246,28 @@ def test_one_reading_composed_is_that_reading_and_shares_its_pages(subject: Engi
 
 def test_places_of_readings_are_composed_and_outlive_them(subject: Engine) -> None:
     before = subject.runtime.pool.used_pages
+    places = [(4, 30), (60, 80)]
     with subject.read(A) as a, subject.read(B) as b:
-        first = a.texts[0].first
-        both = subject.compose([(a, [(4, 30), (60, 80)]), (b, [Span(B.id, 0, 10)])])
-        lead = list(a.tokens()[:first])
-        cut = [a.texts[0].offsets.tokens(*pair) for pair in ((4, 30), (60, 80))]
-        tail = asked(a)
+        first, tail = a.texts[0].first, asked(a)
+        both = subject.compose([(a, places), (b, [Span(B.id, 0, 10)])])
+        one = torch.arange(len(a.tokens())) < first
+        for found in (a.texts[0].offsets.tokens(*pair) for pair in places):
+            one[first + found.start : first + found.stop] = True
+        two = torch.zeros(len(b.tokens()), dtype=torch.bool)
+        two[first : first + 10] = True
+        size = int(one.sum())
+        expected = side_by_side(
+            [(a.tokens(), one, one.cumsum(0) - 1), (b.tokens(), two, size - 1 + two.cumsum(0))], tail
+        )
     with both:
-        kept = [*lead, *(a.tokens()[first + at] for found in cut for at in found)]
-        kept += b.tokens()[first : first + 10]
-        assert both.coverage.read == len(kept) - first < both.coverage.total
+        assert both.coverage.read == size - first + 10 < both.coverage.total
         reply = both.ask(QUESTION, max_new_tokens=MOST)
-        assert reply.usage.reused_tokens == len(kept)
-        ids, own, _ = blocks([a, b], "sequence")
-        seen = torch.zeros(len(ids), dtype=torch.bool)
-        seen[:first] = True
-        for found in cut:
-            seen[first + found.start : first + found.stop] = True
-        seen[len(a.tokens()) : len(a.tokens()) + 10] = True
-        moved = cut_positions(seen, first)
-        assert len(tail) and len(reply.token_ids) == MOST
-        assert int(moved[seen].max()) == len(kept) - 1
+        assert list(reply.token_ids) == expected and reply.usage.reused_tokens == size + 10
         with both.fork() as branch:
             branch.drop([Span(B.id, 0, 5)])
-            assert len(branch.generate(" So", max_new_tokens=3).token_ids) == 3
+            assert branch.generate(" So", max_new_tokens=3).coverage.visible == both.coverage.read - 5
     subject.runtime.prefixes.clear()
     assert subject.runtime.pool.used_pages <= before
-
-
-def cut_positions(seen: Tensor, first: int) -> Tensor:
-    """Where kept tokens stand one after another."""
-    return torch.where(torch.arange(len(seen)) < first, torch.arange(len(seen)), seen.cumsum(0) - 1)
 
 
 def test_pinned_spans_are_always_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
