@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from agentctx.memory.types import Answer as Answer
     from agentctx.memory.types import Budget as Budget
     from agentctx.memory.types import Document as Document
+    from agentctx.reading.engine import Engine as Engine
     from agentctx.workflows.registry import build as build
 
 _HOME = {
@@ -15,9 +16,10 @@ _HOME = {
     "Budget": "agentctx.memory.types",
     "Context": "agentctx.api",
     "Document": "agentctx.memory.types",
+    "Engine": "agentctx.reading.engine",
     "build": "agentctx.workflows.registry",
 }
-__all__ = ["Answer", "Budget", "Context", "Document", "build"]
+__all__ = ["Answer", "Budget", "Context", "Document", "Engine", "build"]
 __version__ = "0.1.0"
 
 

@@ -30,7 +30,8 @@ from agentctx.models.manifest import Manifest
 from agentctx.models.table import SMOLLM2
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.methods.table import method
 
 HERE = Path(__file__).resolve().parent

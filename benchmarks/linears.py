@@ -34,7 +34,7 @@ from agentctx.models.table import SMOLLM2
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
 from agentctx.runtime import twins
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 from agentctx.runtime.linear import FEW, Int8Weight
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.twins import HEAD

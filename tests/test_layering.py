@@ -32,6 +32,7 @@ RANKS = {
     "session": 1,
     "bench": 2,
     "api": 2,
+    "reading": 2,
     "settings": 2,
     "result": 2,
     "doctor": 2,

@@ -53,7 +53,7 @@ def test_part_folders_are_not_packages() -> None:
 
 
 def test_exported_names() -> None:
-    assert sorted(agentctx.__all__) == ["Answer", "Budget", "Context", "Document", "build"]
+    assert sorted(agentctx.__all__) == ["Answer", "Budget", "Context", "Document", "Engine", "build"]
     assert sorted(agentctx._HOME) == sorted(agentctx.__all__)
 
 

@@ -20,7 +20,8 @@ from agentctx.bench.machine import forget_peak, peak_mib
 from agentctx.bench.tasks import REPLY, Item
 from agentctx.bench.texts import Text
 from agentctx.models.weights import Weights
-from agentctx.runtime.engine import ASKED, Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import ASKED, Engine
 from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.methods.sparse import Sparse
 from agentctx.runtime.methods.table import method

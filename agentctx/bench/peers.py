@@ -16,7 +16,8 @@ from agentctx.models.manifest import Manifest
 from agentctx.models.table import TABLE, Linears
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.table import method
 

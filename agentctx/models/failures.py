@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from langchain_core.exceptions import ContextOverflowError
 
 from agentctx.memory.errors import ModelError
+from agentctx.runtime.memory import is_out_of_memory
 
 
 class ContextOverflow(ModelError, ContextOverflowError):
@@ -27,3 +31,14 @@ def out_of_memory(name: str) -> ModelError:
         code="out_of_memory",
         hint="close other programs, shorten the prompt, or choose a smaller model",
     )
+
+
+@contextmanager
+def memory_errors(name: str) -> Iterator[None]:
+    """What the allocators raise, as the error above."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(name) from error
+        raise

@@ -21,7 +21,7 @@ from agentctx.models.failures import out_of_memory, overflow
 from agentctx.models.stops import StopFilter
 from agentctx.models.template import ChatTemplate
 from agentctx.models.weights import Weights
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 from agentctx.runtime.memory import is_out_of_memory
 from agentctx.runtime.sampling import Sampling, generate
 from agentctx.runtime.speculate import Speculation, draft_method

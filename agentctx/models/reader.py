@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from agentctx.memory.errors import InputError, ModelError
 from agentctx.models.tokenizer import Tokenizer
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.workflows.ports import Scores
 
 # Between a text and the question. The best of four wordings on the 100 development questions of

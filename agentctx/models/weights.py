@@ -23,7 +23,7 @@ from agentctx.models.manifest import Manifest
 from agentctx.models.table import Linears
 from agentctx.models.tokenizer import Tokenizer
 from agentctx.paths import KV_BYTES
-from agentctx.runtime.memory import is_out_of_memory, spare_bytes
+from agentctx.runtime.memory import spare_bytes
 from agentctx.runtime.methods.table import method
 
 if TYPE_CHECKING:
@@ -128,8 +128,10 @@ def _read(
 ) -> tuple[Body, Tokenizer]:
     from safetensors import SafetensorError
 
+    from agentctx.models.failures import memory_errors
+
     try:
-        with _memory_errors(name):
+        with memory_errors(name):
             body = beside.submit(_read_body, folder, dtype, device)
             tokenizer = Tokenizer.load(folder)
             return body.result(), tokenizer
@@ -259,18 +261,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _memory_errors(name: str) -> Iterator[None]:
-    from agentctx.models.failures import out_of_memory
-
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(name) from error
-        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from agentctx.memory.kv.pool import KVShape
-from agentctx.runtime.rotation import RopeScaling
+from agentctx.runtime.rotation import RopeScaling, Rotation
 from agentctx.runtime.state import KVState
 
 
@@ -33,6 +33,10 @@ class Body(Protocol):
 
         The keys and values go to `state`, whose rows they continue.
         """
+        ...
+
+    def rotations(self) -> tuple[Rotation | None, ...]:
+        """How each layer turns keys; None where that is not known, so that they must stay where they are."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,81 +19,19 @@ from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
 from agentctx.memory.kv.choices import Choices
 from agentctx.memory.kv.dtype import KVDtype
-from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.prefixes import PrefixIndex
 from agentctx.memory.kv.quantised import pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.body import Body
+from agentctx.runtime.context import Context
 from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.state import KVState
 
 CHUNK = 512  # tokens of one forward pass while reading: what a cancelled read still finishes
 ASKED = 128  # tokens at the end of a prompt that ask about the rest, where that makes a difference
 TOGETHER = 4096  # tokens of several short texts in one pass, padding included; bounds its memory
-
-
-@dataclass
-class Context:
-    """Tokens whose keys and values are held. `computed` were computed for it, `reused` were there before.
-
-    `warnings` says what of the disk failed on the way; none of it changes an answer.
-    """
-
-    engine: Engine
-    state: KVState  # of one row
-    ids: list[int]
-    computed: int = 0
-    reused: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def table(self) -> BlockTable:
-        return self.state.tables[0]
-
-    @classmethod
-    def over(cls, engine: Engine, past: Past, ids: Sequence[int]) -> Context:
-        """Go on after chosen tokens; `ids` are the tokens of the text. Closes `past` when it is closed."""
-        state = KVState(engine.pool, [BlockTable(engine.pool)], engine.method, [0], 0, False, pasts=[past])
-        return cls(engine, state, list(ids), reused=len(ids))
-
-    def fork(self) -> Context:
-        """The same past, to go on from in another way: no page is copied until one of the two writes to
-        it.
-        """
-        with self.engine.lock:
-            state = self.state.fork()
-        return Context(self.engine, state, list(self.ids), reused=len(self.ids))
-
-    def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
-        """Append tokens; returns the hidden state of the last, `[H]`.
-
-        They ask about what was read, or answer, rather than being part of it, which sparse methods
-        distinguish. None if `cancelled` was set before the end; then `ids` says how far it came. Raises
-        ModelError: overflow beyond the model's window, out_of_memory before anything of a piece is computed.
-        """
-        self.engine.fits(len(self.ids) + len(ids))
-        hidden = None
-        for start in range(0, len(ids), self.engine.chunk):
-            if cancelled is not None and cancelled.is_set():
-                return None
-            piece = list(ids[start : start + self.engine.chunk])
-            hidden = self.engine.step([self], torch.tensor([piece]))[0, -1]
-            self.ids += piece
-            self.computed += len(piece)
-        return hidden
-
-    def crop(self, tokens: int) -> None:
-        """Forget all but the first `tokens`."""
-        with self.engine.lock:
-            self.state.crop(len(self.ids) - tokens)
-        del self.ids[tokens:]
-
-    def close(self) -> None:
-        """Let go of the pages."""
-        with self.engine.lock:
-            self.state.close()
 
 
 class Engine:

@@ -145,6 +145,10 @@ class LlamaDecoder:
         """See `Body`."""
         return self.head(hidden)
 
+    def rotations(self) -> tuple[Rotation | None, ...]:
+        """See `Body`."""
+        return (self.scoring.rotation,) * self.shape.layers
+
     def linears(self) -> Iterator[tuple[str, tuple[str, ...], Linear]]:
         """Every linear layer by a name of its own, with the names of the tensors whose rows it joins."""
         for index, layer in enumerate(self.layers):

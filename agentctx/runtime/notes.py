@@ -59,6 +59,7 @@ class Notes:
 
     summaries: dict[tuple[int, str], Summarised] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
+    pins: tuple[int, ...] = ()  # blocks that methods which choose blocks always read
 
     def summary(
         self,
@@ -96,5 +97,6 @@ class Notes:
             {
                 key: Summarised(replace(held.summary, data=held.summary.data.clone()), held.tokens)
                 for key, held in self.summaries.items()
-            }
+            },
+            pins=self.pins,
         )

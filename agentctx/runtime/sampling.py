@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agentctx.memory.errors import ConfigError
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,15 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"a top_p of {self.top_p} is not within (0, 1]")
 
+    def chance(self, device: torch.device | str) -> torch.Generator:
+        """A generator for one answer, which nothing else draws from."""
+        chance = torch.Generator(device)
+        if self.seed is None:
+            chance.seed()
+        else:
+            chance.manual_seed(self.seed)
+        return chance
+
 
 def generate(
     context: Context,
@@ -44,23 +53,20 @@ def generate(
     `hidden [H]` is the hidden state of the context's last token, None if feeding it was cancelled. Ends early
     when `cancelled` is set. The last token yielded is not fed.
     """
-    chance = torch.Generator("cpu" if hidden is None else hidden.device)
-    if sampling.seed is None:
-        chance.seed()
-    else:
-        chance.manual_seed(sampling.seed)
+    chance = sampling.chance("cpu" if hidden is None else hidden.device)
     state = hidden
     for count in range(most):
         if state is None or cancelled.is_set():
             return
-        token = _choose(context.engine.logits(state), sampling, chance)
+        token = choose(context.engine.logits(state), sampling, chance)
         yield token
         if token in ends or count + 1 == most:
             return
         state = context.feed([token], cancelled=cancelled)
 
 
-def _choose(logits: Tensor, sampling: Sampling, chance: torch.Generator) -> int:
+def choose(logits: Tensor, sampling: Sampling, chance: torch.Generator) -> int:
+    """The next token by its logits `[V]`, float32."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from agentctx.memory.errors import ConfigError
 from agentctx.runtime.body import Body
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 from agentctx.runtime.layer import DECODE_TOKENS
 from agentctx.runtime.methods.blocks import BestBlocks
 from agentctx.runtime.methods.dense import Dense

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv import store as store_module
 from agentctx.memory.kv.store import BlockStore
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.sampling import Sampling, generate
 

@@ -11,7 +11,7 @@ from grouped import HEADS, LAYERS, SIZE, body, engine, words
 from torch import Tensor
 
 from agentctx.memory.kv.past import Past
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.evictor import Evictor, leading, observe, show
 from agentctx.runtime.methods.expected import Expected

@@ -18,7 +18,8 @@ from agentctx.memory.kv.store import BlockStore
 from agentctx.models.load import open_model
 from agentctx.models.local import LocalChat
 from agentctx.paths import Paths
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.hf.body import HFBody
 from agentctx.runtime.methods.evictor import Evictor, compress
 from agentctx.runtime.methods.kvzip import KVZip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agentctx.models.load import Model
 from agentctx.models.local import LocalChat
-from agentctx.runtime.engine import Context
+from agentctx.runtime.context import Context
 from agentctx.runtime.methods.evictor import Evictor, compress
 from agentctx.runtime.methods.table import method
 

@@ -15,7 +15,8 @@ from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import KVShape, PagePool
 from agentctx.memory.kv.quantised import LOCAL, QuantisedPool, pool_of
 from agentctx.memory.kv.store import BlockStore
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.methods.table import method
 
 SHAPE = KVShape(4, 2, 32, torch.float32)

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.store import BlockStore
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.table import ANCHORS, METHODS, method
 

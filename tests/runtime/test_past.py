@@ -13,7 +13,8 @@ from agentctx.memory.kv.gather import Part, gather
 from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.pool import KVShape, PagePool
 from agentctx.memory.kv.table import BlockTable
-from agentctx.runtime.engine import Context, Engine
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.hf.body import HFBody
 from agentctx.runtime.layer import Scoring, attend_past
 

@@ -43,7 +43,7 @@ class HFBody:
 
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """See `Body`."""
-        rotations = self._rotations() if state.method.moves else ()
+        rotations = self.rotations() if state.method.moves else ()
         cache = PagedCache(state.pool, state=state, rotations=rotations)
         output = self.model.base_model(
             input_ids=ids.to(self.shape.device),
@@ -68,8 +68,8 @@ class HFBody:
         found.window = scaling.window(self.window)
         return found
 
-    def _rotations(self) -> tuple[Rotation | None, ...]:
-        """Those of the layers, found out when a method first needs them."""
+    def rotations(self) -> tuple[Rotation | None, ...]:
+        """See `Body`. Found out when they are first needed."""
         if self._found is None:
             self._found = probe(self.model, self.window)
         return self._found

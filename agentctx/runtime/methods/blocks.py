@@ -56,6 +56,11 @@ class BestBlocks(Sparse):
     def joins(self) -> bool:
         return super().joins and not self.guard  # a bracket is a share of all that is seen
 
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of a row's choice that are not forced: as many can be pinned."""
+        return self.budget // PAGE_TOKENS - self.sink_blocks - self.local_blocks - 1
+
     def serves(self, kv: LayerKV) -> bool:
         return super().serves(kv) and kv.index >= self.dense_layers
 
@@ -65,9 +70,12 @@ class BestBlocks(Sparse):
 
     def choose(self, q: Tensor, kv: LayerKV) -> BlockSelection:
         """A list for each KV head and row, `[1, Hkv, T, S]`."""
-        rows = positions(q, kv)
+        rows, scores = positions(q, kv), self.scores(q, kv)
+        if pins := kv.notes[0].pins:
+            pinned = torch.tensor(pins, device=scores.device)
+            scores = scores.index_fill(-1, pinned, torch.finfo(scores.dtype).max)
         blocks, counts = topk_blocks(
-            self.scores(q, kv),
+            scores,
             torch.div(rows, PAGE_TOKENS, rounding_mode="floor") + 1,
             self.budget // PAGE_TOKENS,
             sink_blocks=self.sink_blocks,

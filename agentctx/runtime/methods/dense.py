@@ -15,7 +15,7 @@ from agentctx.runtime.layer import LayerKV
 
 if TYPE_CHECKING:
     from agentctx.runtime.body import Body
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 
 @dataclass(frozen=True)

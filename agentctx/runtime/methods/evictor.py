@@ -28,7 +28,7 @@ from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.dense import Dense
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 See = Callable[[Tensor, LayerKV], None]  # queries [1, Hq, T, D] of the last rows of a layer
 

@@ -22,7 +22,7 @@ from agentctx.runtime.layer import LayerKV, Scoring
 from agentctx.runtime.methods.evictor import Evictor, by_layer, observe
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 WINDOW = 64
 

@@ -20,7 +20,7 @@ from agentctx.memory.errors import ConfigError
 from agentctx.runtime.methods.evictor import Evictor, by_layer
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 
 @dataclass(frozen=True)

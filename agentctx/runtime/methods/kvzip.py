@@ -25,7 +25,7 @@ from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.evictor import Evictor, leading, show
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 ROWS = 64  # rows whose scores exist at once
 LEAD = 8

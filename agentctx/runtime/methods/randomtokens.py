@@ -11,7 +11,7 @@ from torch import Tensor
 from agentctx.runtime.methods.evictor import Evictor
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 
 @dataclass(frozen=True)

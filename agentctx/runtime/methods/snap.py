@@ -21,7 +21,7 @@ from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.evictor import Evictor, leading, observe
 
 if TYPE_CHECKING:
-    from agentctx.runtime.engine import Context
+    from agentctx.runtime.context import Context
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+"""A conversation over a text that was read: it goes on from there, and the reading does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+import torch
+
+from agentctx.memory.errors import ConfigError
+from agentctx.models.failures import memory_errors
+from agentctx.reading.contents import Contents
+from agentctx.reading.records import Reply
+from agentctx.reading.request import Focus, Options, Place, Request
+from agentctx.reading.sources import Source, gathered
+from agentctx.reading.speech import Speech, spoken
+from agentctx.runtime.context import Context
+
+if TYPE_CHECKING:
+    from agentctx.reading.engine import Engine
+
+
+class Branch:
+    """Made by `Reading.fork`. For one thread at a time; its forks are others. Raises what a reading does."""
+
+    def __init__(
+        self, engine: Engine, context: Context, contents: Contents, sources: Sequence[Source] = ()
+    ) -> None:
+        """Closes `context` and `sources`, whose tokens are those of `contents`, and then what was said."""
+        self.engine = engine
+        self._context: Context | None = context
+        self._contents = contents
+        self._sources = tuple(sources)
+        self._seen = contents.kept
+        self._pending: list[int] = []  # said, and not fed yet
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All that stands in it, from the beginning of the text, hidden or not."""
+        return (*self._held().ids, *self._pending)
+
+    def feed(self, text: str, *, control: bool = False) -> int:
+        """Append a text as data, or with `control` as one whose control tokens count; returns its tokens."""
+        tokens = self.engine.tokens
+        ids = tokens.prompt(text) if control else tokens.data(text).ids
+        with memory_errors(self.engine.weights.name):
+            self._held().feed([*self._pending, *ids])
+        self._pending = []
+        return len(ids)
+
+    def generate(self, prompt: str = "", **options: Unpack[Options]) -> Reply:
+        """Go on from what stands here and `prompt`, both as they are; prompt and answer stay."""
+        context = self._held()
+        ids = [*self._pending, *self.engine.tokens.data(prompt).ids]
+        start = len(context.ids)
+        method = context.state.method
+        speech = Speech(self.engine.weights, context, Request(**options), since=context.computed)
+        try:
+            *_, last = spoken(speech, ids, self._contents.coverage(self._seen), ())
+        finally:
+            context.state.method = method  # an exact answer changed it
+            due = [*ids, *speech.token_ids]
+            if len(context.ids) > start + len(due):  # drafts that nobody heard
+                context.crop(start + len(due))
+            if len(context.ids) > start:
+                self._pending = due[len(context.ids) - start :]
+        assert last.reply is not None
+        return last.reply
+
+    def pin(self, spans: Sequence[Place]) -> None:
+        """What is said from now on always reads these spans, where the method chooses; [] ends it."""
+        context = self._held()
+        if not any(context.state.pasts):  # else all of it is read anyway
+            context.state.notes[0].pins = self._contents.pins(spans, self.engine.runtime.method)
+
+    def drop(self, spans: Sequence[Place]) -> None:
+        """Hide these spans from what is said from now on. What was said keeps what it took from them."""
+        self._narrow(Focus(drop=spans))
+
+    def attend_only(self, spans: Sequence[Place]) -> None:
+        """Hide all of the text but these spans; what was hidden before stays hidden."""
+        self._narrow(Focus(attend_only=spans))
+
+    def fork(self) -> Branch:
+        """Another one from here."""
+        shared = [source.share(self.engine.runtime) for source in self._sources]
+        twin = Branch(self.engine, self._held().fork(), self._contents, shared)
+        twin._seen, twin._pending = self._seen, list(self._pending)
+        return twin
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._context:
+            self._context.close()
+            for source in self._sources:
+                source.close(self.engine.runtime)
+        self._context = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _narrow(self, focus: Focus) -> None:
+        context, runtime = self._held(), self.engine.runtime
+        seen = self._seen & self._contents.seen(focus)
+        past, table = context.state.pasts[0], context.table
+        end = table.tokens + (past.end if past else 0)
+        own = [Source.of(runtime, table)] if table.tokens else []
+        sources = (*self._sources, *own)
+        said = sum(len(source.kept) for source in sources) - len(seen)
+        mask = torch.cat([seen, torch.ones(said, dtype=torch.bool)])
+        try:
+            with memory_errors(self.engine.weights.name):
+                narrowed = gathered(runtime, sources, context.ids, end, mask)
+        except BaseException:
+            for source in own:
+                source.close(runtime)
+            raise
+        self._context, self._sources, self._seen = narrowed, sources, seen
+        context.close()
+
+    def _held(self) -> Context:
+        if self._context is None:
+            raise ConfigError("this branch is closed", hint="fork the reading again")
+        return self._context

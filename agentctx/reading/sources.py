@@ -1,0 +1,76 @@
+"""The tokens that a reading is made of, and readings made of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentctx.memory.errors import ModelError
+from agentctx.memory.kv.gather import Part, Turn, gather
+from agentctx.memory.kv.past import Past
+from agentctx.memory.kv.table import BlockTable
+from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine as Runtime
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """What was read in one go: `past` holds its N tokens in order, `kept` bool `[N]` are those used here, at
+    the positions `new` int64 `[N]`; None: where they were. Who has one closes it.
+    """
+
+    past: Past
+    kept: Tensor
+    new: Tensor | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime, table: BlockTable, first: int = 0) -> Source:
+        """All that a table holds from token `first` on."""
+        with runtime.lock:
+            return cls(Past.over(table), torch.arange(table.tokens) >= first)
+
+    def share(self, runtime: Runtime) -> Source:
+        """The same for one more holder."""
+        with runtime.lock:
+            self.past.share()
+        return self
+
+    def close(self, runtime: Runtime) -> None:
+        with runtime.lock:
+            self.past.close()
+
+
+def gathered(
+    runtime: Runtime, sources: Sequence[Source], ids: Sequence[int], end: int, seen: Tensor | None = None
+) -> Context:
+    """A context over the kept tokens of `sources` that are `seen`, bool over all their tokens in turn.
+
+    The next token stands at position `end`; `ids` are the tokens that count for the window. Raises
+    ModelError: out_of_memory, unsupported where keys must move and the model's rotations are not known.
+    """
+    parts, at = [], 0
+    for source in sources:
+        size = len(source.kept)
+        kept = source.kept if seen is None else source.kept & seen[at : at + size]
+        old = None if source.new is None else torch.arange(size)
+        parts.append(Part(source.past, kept, old, source.new))
+        at += size
+    turns = _turns(runtime) if any(source.new is not None for source in sources) else ()
+    with runtime.lock:
+        return Context.over(runtime, gather(parts, end=end, turns=turns), ids)
+
+
+def _turns(runtime: Runtime) -> list[Turn]:
+    found: list[Turn] = []
+    for rotation in runtime.body.rotations():
+        if rotation is None:
+            raise ModelError(
+                "the keys of this model cannot be moved: its rotation is not one that is known",
+                code="unsupported",
+                hint="read the texts one after another",
+            )
+        found.append(rotation.move)
+    return found

@@ -1,0 +1,55 @@
+"""Text to token ids in two ways: as data, in which nothing is a control token, and as words of the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from agentctx.reading.offsets import Offsets
+from agentctx.reading.texts import check_unicode
+
+if TYPE_CHECKING:
+    from agentctx.models.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, and where each stands in it."""
+
+    ids: list[int]
+    offsets: Offsets
+
+
+class Tokens:
+    """A tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend = tokenizer.backend
+        controls = "|".join(map(re.escape, sorted(tokenizer.controls)))
+        self._control = re.compile(f"(?={controls})" if controls else "(?!)")
+        self.opening = tokenizer.opening  # what every sequence begins with
+
+    def data(self, text: str) -> Encoded:
+        """A text that is not trusted: where it holds a control token, it is cut after the first character of
+        it, and the pieces are only text. Raises InputError for what is not Unicode.
+        """
+        check_unicode(text)
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        for start, piece in self._pieces(text):
+            found = self.backend.encode(piece, add_special_tokens=False)
+            ids += found.ids
+            ranges += [(start + a, start + b) for a, b in found.offsets]
+        return Encoded(ids, Offsets(ranges, len(text)))
+
+    def prompt(self, text: str) -> list[int]:
+        """A text of ours or the caller's, control tokens and all."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, str]]:
+        start = 0
+        for found in self._control.finditer(text):
+            yield start, text[start : found.start() + 1]
+            start = found.start() + 1
+        yield start, text[start:]
