@@ -8,7 +8,7 @@ from typing import Any
 
 from agentctx.memory.errors import ConfigError
 from agentctx.runtime.methods.dense import Dense
-from agentctx.runtime.methods.table import ANCHORS, METHODS, method
+from agentctx.runtime.methods.table import ANCHORS, EVICTING_ANCHORS, EVICTORS, METHODS, method
 
 FULL = "full"
 Budget = int | None  # tokens; None is everything
@@ -83,14 +83,16 @@ def parse_budgets(text: str) -> list[Budget]:
 
 
 def parse_methods(text: str) -> list[str]:
-    """Names of methods; "all" is every one and the anchor `random`. Raises ConfigError for an unknown one."""
+    """Names of methods; "all" is every one and the anchors. Raises ConfigError for an unknown one."""
+    known = [*ANCHORS, *METHODS, *EVICTING_ANCHORS, *EVICTORS]
     if text == "all":
-        return [*ANCHORS, *METHODS]
+        return known
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in METHODS and name not in ANCHORS:
-            known = ", ".join([*METHODS, *ANCHORS])
-            raise ConfigError(f"there is no attention method {name!r}", hint=f"known: all, {known}")
+        if name not in known:
+            raise ConfigError(
+                f"there is no attention method {name!r}", hint=f"known: all, {', '.join(known)}"
+            )
     return names
 
 

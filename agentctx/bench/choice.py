@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from agentctx.runtime.methods.table import ANCHORS, AUTO
+from agentctx.runtime.methods.table import ANCHORS, AUTO, EVICTING_ANCHORS
 
 AGREEMENT = 0.98
 NLL_RISE = 0.01
@@ -47,7 +47,11 @@ def chosen(grid: dict[str, Any]) -> dict[str, Any]:
 
 def qualifies(cell: Record, dense: Record | None) -> bool:
     """Whether a cell is within the limits, and all of them were measured."""
-    if dense is None or cell["method"] in ("dense", *ANCHORS) or not {"agreement", "score"} <= cell.keys():
+    if (
+        dense is None
+        or cell["method"] in ("dense", *ANCHORS, *EVICTING_ANCHORS)
+        or not {"agreement", "score"} <= cell.keys()
+    ):
         return False
     return bool(
         cell["agreement"]["low"] >= AGREEMENT

@@ -7,9 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from agentctx.bench.cells import size_of
-from agentctx.runtime.methods.table import ANCHORS, method
+from agentctx.runtime.methods.table import ANCHORS, EVICTING_ANCHORS, method
 
-PROPERTIES = ("while_reading", "while_asking", "endless", "moves", "chunk_invariant", "batched")
+PROPERTIES = (
+    "while_reading",
+    "while_asking",
+    "endless",
+    "moves",
+    "evicts",
+    "query_aware",
+    "chunk_invariant",
+    "batched",
+)
 
 
 def declared(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -20,7 +29,7 @@ def declared(names: Sequence[str]) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "anchor": name in ANCHORS,
+                "anchor": name in ANCHORS or name in EVICTING_ANCHORS,
                 "budget": size_of(kind),
                 "grid": kind.grid,
                 "changes_what_is_stored": bool(kind.writes),

@@ -63,7 +63,7 @@ class Subject:
         self.attention = attention
         self.method = method(attention)
         engine = weights.engine
-        self.shared = attention == "dense" or _only_asks(self.method)
+        self.shared = attention == "dense" or self.method.evicts or _only_asks(self.method)
         if not self.shared:
             engine = Engine(
                 engine.body,
@@ -76,7 +76,9 @@ class Subject:
     def read(self, ids: Sequence[int]) -> Context:
         """Hold a text; what is asked next is asked by the method."""
         context = self.engine.read(ids)
-        context.state.method = self.method
+        if self.shared:
+            context = self.method.reduce(context, len(ids))
+            context.state.method = self.method
         return context
 
     def ask(self, context: Context, ids: Sequence[int]) -> Tensor:
