@@ -22,7 +22,7 @@ from agentctx.models.load import open_model
 from agentctx.models.table import TABLE
 from agentctx.paths import Paths
 from agentctx.runtime.methods.auto import automatic
-from agentctx.runtime.methods.table import ANCHORS, METHODS, method
+from agentctx.runtime.methods.table import ANCHORS, EVICTING_ANCHORS, EVICTORS, METHODS, method
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,7 +167,7 @@ def test_cells_leave_out_what_would_be_dense():
 def test_lengths_budgets_and_methods_are_read():
     assert parse_lengths("1k..32k") == [1024, 2048, 4096, 8192, 16384, 32768]
     assert parse_lengths("512,8K") == [512, 8192] and parse_budgets("256, full") == [256, None]
-    assert set(parse_methods("all")) == {*METHODS, *ANCHORS}
+    assert set(parse_methods("all")) == {*METHODS, *ANCHORS, *EVICTORS, *EVICTING_ANCHORS}
     for wrong in ("", "0", "many", "-4", "1k..b"):
         with pytest.raises(ConfigError):
             parse_lengths(wrong)
