@@ -284,7 +284,7 @@ def test_a_quick_run_from_the_command_line(deep_model, tmp_path, capfd):
     assert run(command) == 0
     last = json.loads(capfd.readouterr().out.splitlines()[-1])
     grid_file = json.loads((tmp_path / "grid.json").read_text())
-    assert last["cells"] == len(grid_file["cells"]) == len(METHODS) + len(ANCHORS)
+    assert last["cells"] == len(grid_file["cells"]) == len(parse_methods("all"))
     assert {"device", "versions", "fingerprint", "commit"} <= grid_file["runs"][0].keys()
     refused = [cell["method"] for cell in grid_file["cells"] if "refused" in cell]
     assert refused == ["adamas"], "heads of 8 channels"

@@ -76,7 +76,7 @@ def test_snap(group: int) -> None:
 def test_expected(group: int) -> None:
     context, k, v = read(group)
     q = queries(lambda see: observe(context, 4, TOKENS, see))
-    freq = body(group).inv_freq.double()
+    freq = body(group).rotation.inv_freq.double()
 
     def turn(position: int) -> Tensor:
         """The rotation to a position, as a matrix for rows."""

@@ -30,7 +30,7 @@ def test_a_quarter_of_the_keys(embedded_model: Model) -> None:
     assert isinstance(embedded_model.chat, LocalChat)
     weights = embedded_model.chat.weights
     text = (EXAMPLES / "council-minutes.txt").read_text(encoding="utf-8")
-    ids = list(weights.tokenizer(text).input_ids)[:960]
+    ids = weights.tokenizer.encode(text, special=True)[:960]
     context, rest = weights.engine.read(ids[:896]), ids[896:]
     dense = predictions(context, rest)
     lost = {}
