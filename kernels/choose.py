@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -108,7 +109,8 @@ def unavailable(operation: str, impl: str) -> str | None:
 
         return build.reason(level or build.best())
     if name == "triton":
-        return None if torch.cuda.is_available() else "no NVIDIA GPU"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted or torch.cuda.is_available() else "no NVIDIA GPU"
     return None
 
 
