@@ -35,7 +35,7 @@ def capped(s, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def softmax_step(s, m, total):
-    """Scores s [R, N] in base 2 join the running maximum m [R] and sum [R]: weights p, the factor of what was."""
+    """Scores s [R, N] in base 2 join the running maximum m [R] and sum [R]: weights, factor of what was."""
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf is NaN
     p = tl.exp2(s - safe[:, None])

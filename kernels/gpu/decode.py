@@ -1,11 +1,11 @@
-"""Decode attention in Triton: the rows of a list share one dot, work is split over the list (split-K), and the
-last split to end unites the parts (`combine.py`).
+"""Decode attention in Triton: the rows of a list share one dot, work is split over the list (split-K), and
+the last split to end unites the parts (`combine.py`).
 
-One program per split of a list reads `2 tokens D` elements and computes `4 rows tokens D` FLOP; it is bound by
-memory. A page of 64 tokens or more is one address, smaller ones are gathered within a tile. Dense decode reads
-the block table as a list that all heads share, without the blocks that a window hides. Limits (else torch):
-head sizes that are multiples of 16 up to 256, at most 64 rows of a list (G T, or T of lists per query head),
-formats paged, int8 and int4.
+One program per split of a list reads `2 tokens D` elements and computes `4 rows tokens D` FLOP; it is bound
+by memory. A page of 64 tokens or more is one address, smaller ones are gathered within a tile. Dense decode
+reads the block table as a list that all heads share, without the blocks that a window hides. Limits (else
+torch): head sizes that are multiples of 16 up to 256, at most 64 rows of a list (G T, or T where lists are
+per query head), formats paged, int8 and int4.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CONFIGS = (
     Config(kinds=("bf16", "fp16"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=5),
     Config(kinds=("fp32",), dim=128, rows=16, blocks={"N": 32}, warps=4, stages=5),
     Config(kinds=("fp32",), dim=256, rows=64, blocks={"N": 16}, warps=8, stages=5),
-    Config(kinds=("int8", "int4"), dim=256, rows=16, blocks={"N": 64}, warps=4, stages=5),
+    Config(kinds=("int8",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=5),
+    Config(kinds=("int4",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=7),
     Config(kinds=("int8", "int4"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=5),
 )
 

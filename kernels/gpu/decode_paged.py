@@ -61,7 +61,8 @@ def attend_paged(
     own = context - tokens + r % tokens
     first_pos = tl.load(FirstPos + b)
     count, sinks, skip, tile, stop = list_span(
-        Counts, b * lists + index, b, context, first_pos, sink_tokens, slots, split, splits, N, PAGE, DENSE, SKIP
+        Counts, b * lists + index, context, first_pos, sink_tokens, slots, split, splits,
+        N, PAGE, DENSE, SKIP,
     )  # fmt: skip
     head = (index // SHARE).to(tl.int64)
     K += head * kh
@@ -106,7 +107,8 @@ def attend_paged(
                 k = fetch(TailK + lead + (token * D)[None, :] + d[:, None], (d < D)[:, None], D == DP)
                 v = fetch(TailV + lead + (token * D)[:, None] + d[None, :], (d < D)[None, :], D == DP)
                 seen = visible(
-                    open_block * PAGE + token, token, token >= 0, own, first_pos, sink_tokens, token, WINDOW, False
+                    open_block * PAGE + token, token, token >= 0, own, first_pos, sink_tokens, token,
+                    WINDOW, False,
                 )  # fmt: skip
                 s = capped(tl.dot(q, k, input_precision="ieee"), scale, softcap, CAPPED)
                 p, shrink, m, total = softmax_step(tl.where(seen, s, float("-inf")), m, total)

@@ -1,8 +1,8 @@
 """The decode kernel over int8 and int4 pages.
 
 Channels are taken in two halves, as int4 pairs them. The K scale of a page is folded into q, which is split
-into two bfloat16 parts, so that nothing of it is lost; codes are exact in bfloat16. The V scale multiplies the
-page's P V. A tile never spans two pages, because their scales differ.
+into two bfloat16 parts, so that nothing of it is lost; codes are exact in bfloat16. The V scale multiplies
+the page's P V. A tile never spans two pages, because their scales differ.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def attend_quantised(
     own = context - tokens + r % tokens
     first_pos = tl.load(FirstPos + b)
     count, sinks, skip, tile, stop = list_span(
-        Counts, b * lists + index, b, context, first_pos, sink_tokens, slots, split, splits, N, PAGE, DENSE, SKIP
+        Counts, b * lists + index, context, first_pos, sink_tokens, slots, split, splits,
+        N, PAGE, DENSE, SKIP,
     )  # fmt: skip
     head = (index // SHARE).to(tl.int64)
     K += head * kh
@@ -146,7 +147,8 @@ def attend_quantised(
                 v0 = fetch(TailV + v_at, (d < HALF)[None, :], WHOLE)
                 v1 = fetch(TailV + v_at + HALF, (d < HALF)[None, :], WHOLE)
                 seen = visible(
-                    open_block * PAGE + token, token, token >= 0, own, first_pos, sink_tokens, token, WINDOW, False
+                    open_block * PAGE + token, token, token >= 0, own, first_pos, sink_tokens, token,
+                    WINDOW, False,
                 )  # fmt: skip
                 s = tl.dot(q1, k1, tl.dot(q0, k0, input_precision="ieee"), input_precision="ieee")
                 s = capped(s, scale, softcap, CAPPED)

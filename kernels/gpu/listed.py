@@ -17,7 +17,7 @@ def query_rows(Q, b, first_head, tokens, n_rows, d, SIZE: tl.constexpr, rb, rh, 
 
 @triton.jit
 def list_span(
-    Counts, index, b, context, first_pos, sink_tokens, slots, split, splits,
+    Counts, index, context, first_pos, sink_tokens, slots, split, splits,
     N: tl.constexpr, PAGE: tl.constexpr, DENSE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Slots in use, first tile and end of this split, and of dense lists how a window cuts them.
@@ -42,7 +42,7 @@ def list_span(
 
 @triton.jit
 def slot_of(tile, n, count, sinks, skip, N: tl.constexpr, PAGE: tl.constexpr, SKIP: tl.constexpr):
-    """Slot of each token of a tile (one number where pages are no smaller), its place in the page, and use."""
+    """The slot of a tile (of each of its tokens where pages are smaller), places in the page, and use."""
     if PAGE >= N:
         at = tile // (PAGE // N)
         token = (tile % (PAGE // N)) * N + n
