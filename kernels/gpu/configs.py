@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from agentctx.kernels.errors import Uncovered
+
 KINDS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -49,11 +51,11 @@ class Config:
 
 
 def pick(table: tuple[Config, ...], arch: int, *, dim: int, rows: int = 1, kind: str = "bf16") -> Config:
-    """The first row of `table` that serves a call. Raises LookupError if none does."""
+    """The first row of `table` that serves a call. Raises Uncovered if none does."""
     for row in table:
         if row.fits(arch, dim, rows, kind):
             return row
-    raise LookupError(f"no configuration for sm_{arch}, head size {dim}, {rows} rows, {kind}")
+    raise Uncovered(f"no configuration for sm_{arch}, head size {dim}, {rows} rows, {kind}")
 
 
 def arch_of(x: Tensor) -> int:

@@ -15,6 +15,8 @@ import triton.language as tl
 from agentctx.kernels.gpu.configs import Config, arch_of, pick
 from agentctx.kernels.records import Attention
 
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 CONFIGS = (
     Config(dim=64, blocks={"ROWS": 32}, warps=4, stages=1),
     Config(blocks={"ROWS": 8}, warps=4, stages=1),
@@ -55,7 +57,7 @@ def _merge(a: Attention, b: Attention, out_dtype: torch.dtype, *, alone: bool) -
 @triton.jit
 def _weighted(Out, where, mask, lse, top):
     """A part's values with their weight; a part that saw nothing counts nothing, whatever it holds."""
-    weight = tl.exp2((lse - top) * 1.4426950408889634)
+    weight = tl.exp2((lse - top) * LOG2E)
     x = tl.load(Out + where, mask=mask & (lse != float("-inf"))[:, None], other=0.0).to(tl.float32)
     return weight, x * weight[:, None]
 
@@ -97,7 +99,6 @@ def merge_two(
     total = wa + wb
     out = (xa + xb) / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(Out + row[:, None] * D + d[None, :], out.to(Out.dtype.element_ty), mask=mask)
-    lse = tl.where(
-        total == 0, float("-inf"), safe + tl.log2(tl.where(total == 0, 1.0, total)) * 0.6931471805599453
-    )
-    tl.store(Lse + row, lse, mask=live & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        lse = safe + tl.log2(tl.where(total == 0, 1.0, total)) * LN2
+        tl.store(Lse + row, tl.where(total == 0, float("-inf"), lse), mask=live)
