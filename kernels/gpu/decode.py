@@ -5,7 +5,7 @@ One program per split of a list reads `2 tokens D` elements and computes `4 rows
 by memory. A page of 64 tokens or more is one address, smaller ones are gathered within a tile. Dense decode
 reads the block table as a list that all heads share, without the blocks that a window hides. Limits (else
 torch): head sizes that are multiples of 16 up to 256, at most 64 rows of a list (G T, or T where lists are
-per query head), formats paged, int8 and int4.
+per query head; 32 of quantised heads above 128), formats paged, int8 and int4.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ CONFIGS = (
     Config(kinds=("bf16", "fp16"), dim=128, rows=64, blocks={"N": 64}, warps=4, stages=5),
     Config(kinds=("bf16", "fp16"), dim=256, rows=16, blocks={"N": 32}, warps=4, stages=5),
     Config(kinds=("bf16", "fp16"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=5),
-    Config(kinds=("fp32",), dim=128, rows=16, blocks={"N": 32}, warps=4, stages=5),
+    Config(kinds=("fp32",), dim=128, rows=16, blocks={"N": 32}, warps=8, stages=5),
     Config(kinds=("fp32",), dim=256, rows=64, blocks={"N": 16}, warps=8, stages=5),
     Config(kinds=("int8",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=5),
     Config(kinds=("int4",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=7),
-    Config(kinds=("int8", "int4"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=5),
+    Config(kinds=("int8", "int4"), dim=128, rows=64, blocks={"N": 32}, warps=8, stages=5),
+    Config(kinds=("int8", "int4"), dim=256, rows=32, blocks={"N": 32}, warps=8, stages=5),
 )
 
 
@@ -96,29 +97,25 @@ def _decode(
     out, lse = outputs(q, slots, out_dtype)
     if not (out.numel() and slots):
         return Attention(out, lse)
-    dense, of_scales = counts is None, kv.k_scale is not None and kv.v_scale is not None
+    dense, quantised = counts is None, kv.quantised
     config = pick(CONFIGS, arch_of(q), dim=size, rows=rows, kind=KINDS[kv.k.dtype])
-    n = min(config.blocks["N"], kv.page_tokens) if of_scales else config.blocks["N"]
+    n = min(config.blocks["N"], kv.page_tokens) if quantised else config.blocks["N"]
     parts = workspace(q, lists, -(-slots * kv.page_tokens // n), splits)
     pages, blocks = pages if pages.stride(2) == 1 else pages.contiguous(), pages if blocks is None else blocks
     blocks = blocks if blocks.stride(2) == 1 else blocks.contiguous()
-    k_scale, v_scale = (kv.k_scale, kv.v_scale) if of_scales else (q, q)
-    (attend_quantised if of_scales else attend_paged)[parts.splits, lists, batch](
+    k_scale = q if kv.k_scale is None else kv.k_scale
+    v_scale = q if kv.v_scale is None else kv.v_scale
+    (attend_quantised if quantised else attend_paged)[parts.splits, lists, batch](
         *(q, kv.k, kv.v, k_scale, v_scale, pages, blocks),
-        *(x if x is None else x.contiguous() for x in (lens if dense else counts, lens)),
+        *((lens if counts is None else counts).contiguous(), lens.contiguous()),
         lens if first_pos is None else first_pos.contiguous(),
         lens if kv.page_valid is None else kv.page_valid.contiguous(),
-        *(x.contiguous() for x in tail or (q, q)),
+        *((q, q) if tail is None else (tail[0].contiguous(), tail[1].contiguous())),
         *(out, lse, parts.out, parts.lse, parts.tickets),
         *(*folded(scale, softcap), sink_tokens, slots, parts.splits, tokens),
         *(*q.stride()[:3], *kv.k.stride()[:2], *kv.v.stride()[:2]),
         *(*k_scale.stride()[:2], *v_scale.stride()[:2], *pages.stride()[:2], *blocks.stride()[:2]),
-        GROUP=heads // lists,
-        SHARE=lists // kv.n_kv_heads,
-        ROWS=triton.next_power_of_2(rows),
-        D=size,
-        DP=triton.next_power_of_2(size),
-        PAGE=kv.page_tokens,
+        **_sizes(heads // lists, lists // kv.n_kv_heads, rows, kv),
         N=n,
         DENSE=dense,
         CAPPED=softcap > 0,
@@ -126,8 +123,14 @@ def _decode(
         VALID=kv.page_valid is not None,
         TAIL=tail is not None,
         ALONE=parts.splits == 1,
-        INT4=kv.format == "int4",
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return Attention(out, lse)
+
+
+def _sizes(group: int, share: int, rows: int, kv: KVPages) -> dict[str, int | bool]:
+    size = kv.head_dim
+    padded = {"ROWS": triton.next_power_of_2(rows), "DP": triton.next_power_of_2(size)}
+    own = {"GROUP": group, "SHARE": share, "D": size, "PAGE": kv.page_tokens}
+    return own | padded | {"INT4": kv.format == "int4"}

@@ -39,10 +39,10 @@ def within(request: pytest.FixtureRequest) -> Within:
     A Triton version that has no budgets is held to those of the newest that has.
     """
     file = BUDGETS / f"{request.path.stem.removeprefix('test_')}.json"
-    table: dict[str, dict[str, list[int]]] = json.loads(file.read_text()) if file.exists() else {}
 
     def check(variant: str, report: aot.Report, **wanted: Any) -> None:
         name = f"{variant} sm_{report.arch}"
+        table: dict[str, dict[str, list[int]]] = json.loads(file.read_text()) if file.exists() else {}
         if request.config.getoption("--record"):
             report.require(**wanted)
             table.setdefault(VERSION, {})[name] = [report.registers, report.shared]
