@@ -5,7 +5,7 @@ One program per split of a list reads `2 tokens D` elements and computes `4 rows
 by memory. A page of 64 tokens or more is one address, smaller ones are gathered within a tile. Dense decode
 reads the block table as a list that all heads share, without the blocks that a window hides. Limits (else
 torch): head sizes that are multiples of 16 up to 256, at most 64 rows of a list (G T, or T where lists are
-per query head; 32 of quantised heads above 128), formats paged, int8 and int4.
+per query head; 32 over quantised pages), formats paged, int8 and int4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ CONFIGS = (
     Config(kinds=("fp32",), dim=256, rows=64, blocks={"N": 16}, warps=8, stages=5),
     Config(kinds=("int8",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=5),
     Config(kinds=("int4",), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=7),
-    Config(kinds=("int8", "int4"), dim=128, rows=64, blocks={"N": 32}, warps=8, stages=5),
     Config(kinds=("int8", "int4"), dim=256, rows=32, blocks={"N": 32}, warps=8, stages=5),
 )
 
