@@ -21,9 +21,9 @@ from agentctx.kernels.records import Attention, KVPages
 LOG2E = tl.constexpr(1.4426950408889634)
 CONFIGS = (
     Config(kinds=("bf16", "fp16"), dim=128, rows=16, blocks={"N": 64}, warps=4, stages=5),
-    Config(kinds=("bf16", "fp16"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=5),
+    Config(kinds=("bf16", "fp16"), dim=256, rows=64, blocks={"N": 32}, warps=8, stages=3),
     Config(kinds=("fp32",), dim=128, rows=16, blocks={"N": 32}, warps=8, stages=5),
-    Config(kinds=("fp32",), dim=256, rows=64, blocks={"N": 16}, warps=8, stages=5),
+    Config(kinds=("fp32",), dim=256, rows=64, blocks={"N": 16}, warps=8, stages=3),
 )
 
 
