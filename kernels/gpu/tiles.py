@@ -1,0 +1,103 @@
+"""Steps that attention kernels share: a tile of keys or values out of a page, scores, and the online softmax.
+
+A tile is BN tokens of one page: `at` is its first token in the page. Channels are padded to BD, a power of
+two. Scores are kept in base 2: `exp2(scores)` weighs, so `scale` comes multiplied by log2(e).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _signed(byte, channel, D: tl.constexpr, FORMAT: tl.constexpr):
+    """The code of a channel from its byte: channel i in the low nibble, i + D/2 in the high one."""
+    if FORMAT == "int4":
+        nibble = (byte.to(tl.int32) >> tl.where(channel < D // 2, 0, 4)) & 15
+        return (nibble ^ 8) - 8
+    else:
+        return byte
+
+
+@triton.jit
+def keys(
+    pool, scales, page, head, page_stride, head_stride, scale_page, scale_head, at, D: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """K of a tile, transposed, `[BD, BN]` in DTYPE. `page` and `head` are int64."""
+    pool += page * page_stride + head * head_stride
+    token = at + tl.arange(0, BN)[None, :]
+    channel = tl.arange(0, BD)[:, None]
+    if FORMAT == "int4":
+        where = token * (D // 2) + channel % (D // 2)
+    else:
+        where = token * D + channel
+    if BD == D:
+        code = tl.load(pool + where)
+    else:
+        code = tl.load(pool + where, mask=channel < D, other=0)
+    if FORMAT == "paged":
+        return code
+    else:  # Triton reads on after a return
+        scales += page * scale_page + head * scale_head
+        scale = tl.load(scales + channel, mask=channel < D, other=0.0).to(tl.float32)
+        return (_signed(code, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE)
+
+
+@triton.jit
+def values(
+    pool, scales, page, head, page_stride, head_stride, scale_page, scale_head, at, D: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """V of a tile, `[BN, BD]` in DTYPE. Quantised pages hold it transposed."""
+    pool += page * page_stride + head * head_stride
+    if FORMAT == "paged":
+        token = at + tl.arange(0, BN)[:, None]
+        channel = tl.arange(0, BD)[None, :]
+        if BD == D:
+            return tl.load(pool + token * D + channel)
+        else:
+            return tl.load(pool + token * D + channel, mask=channel < D, other=0.0)
+    else:
+        token = at + tl.arange(0, BN)[None, :]
+        channel = tl.arange(0, BD)[:, None]
+        row = channel % (D // 2) if FORMAT == "int4" else channel
+        code = tl.load(pool + row * PAGE + token, mask=channel < D, other=0)
+        scales += page * scale_page + head * scale_head
+        scale = tl.load(scales + channel, mask=channel < D, other=0.0).to(tl.float32)
+        return tl.trans((_signed(code, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE))
+
+
+@triton.jit
+def scores(q, k, scale, softcap, CAPPED: tl.constexpr):
+    """Scaled and capped scores of rows `q [M, BD]` against `k [BD, BN]`, float32, in base 2."""
+    s = tl.dot(q, k, input_precision="ieee")
+    if CAPPED:
+        # tanh of the natural score over the cap, by an exponent that cannot overflow
+        x = s * (scale / (LOG2E * softcap))
+        e = tl.exp2(-2 * LOG2E * tl.abs(x))
+        tanh = (1 - e) / (1 + e)
+        return LOG2E * softcap * tl.where(x < 0, -tanh, tanh)
+    else:
+        return s * scale
+
+
+@triton.jit
+def accumulate(s, v, top, total, acc):
+    """One step of the online softmax over scores `s [M, BN]`, -inf where hidden, and values `[BN, BD]`."""
+    peak = tl.maximum(top, tl.max(s, 1))
+    # A row that has seen nothing keeps -inf, and -inf - -inf is NaN.
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(top - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return peak, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def finish(top, total, acc):
+    """Output rows and their natural lse; 0 and -inf for a row that saw nothing."""
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    return out, tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
