@@ -12,17 +12,41 @@ Limits: D up to 256, paged, int8 and int4 pages (widened in the kernel); 16-bit 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentctx.kernels.errors import Uncovered
-from agentctx.kernels.gpu.tiles import LOG2E, accumulate, finish, keys, scores, values
+from agentctx.kernels.gpu.configs import Config
+from agentctx.kernels.gpu.tiles import (
+    LOG2E,
+    accumulate,
+    configuration,
+    finish,
+    keys,
+    scores,
+    strides,
+    uncovered,
+    values,
+)
 from agentctx.kernels.records import Attention, BlockSelection, KVPages
+
+# One K and V tile of 64 tokens is a page. 128 rows halve what is read for each product; on 8 warps, for on 4
+# they spill.
+CONFIGS = (
+    Config(dim=64, kinds=("fp32",), blocks={"BM": 32, "BN": 32}, warps=4, stages=2),
+    Config(kinds=("fp32",), blocks={"BM": 16, "BN": 16}, warps=4, stages=2),
+    Config(dim=128, rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=3),
+    Config(rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=2),
+    Config(arch=90, dim=128, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
+    Config(arch=90, dim=128, blocks={"BM": 128, "BN": 64}, warps=8, stages=3),
+    Config(arch=90, blocks={"BM": 64, "BN": 64}, warps=8, stages=2),
+    Config(dim=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
+    Config(dim=128, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=2),
+    Config(dim=128, blocks={"BM": 128, "BN": 64}, warps=8, stages=2),
+    Config(blocks={"BM": 64, "BN": 32}, warps=8, stages=2),
+)
+FAR = 1 << 30  # a window or sinks beyond every position
 
 
 @triton.jit
@@ -157,17 +181,6 @@ def prefill_kernel(
     tl.store(lse + rest, natural, mask=seen_rows)
 
 
-@dataclass(frozen=True)
-class Config:
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-CONFIGS: dict[tuple[int, int, int], tuple[Config, ...]] = {}
-
-
 def dense_prefill(
     q: Tensor,
     kv: KVPages,
@@ -227,29 +240,28 @@ def _launch(
     softcap: float,
     out_dtype: torch.dtype,
 ) -> Attention:
-    cover(kv)
+    uncovered(q, kv)
     batch, heads, rows, size = q.shape
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not rows:
         return Attention(out, lse)
-    config = configuration(q, min(rows, block_q or rows))
-    block_q = block_q or config.rows
+    config = configuration(CONFIGS, q, kv, min(rows, block_q or rows))
+    block_m = config.blocks["BM"]
+    block_q = block_q or block_m
     table, lens, offsets = (x.contiguous() for x in tables)
     # Without lists their pointers are never read.
     lists = tuple(x.contiguous() for x in selection) if selection else (table, table, table)
-    grid = (-(-rows // block_q) * -(-block_q // config.rows), heads, batch)
+    grid = (-(-rows // block_q) * -(-block_q // block_m), heads, batch)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     prefill_kernel[grid](
         q, kv.k, kv.v, k_scale, v_scale, kv.page_valid, *lists, table, lens, offsets, out, lse,
-        rows, block_q, lists[0].shape[-1], table.shape[1], scale * LOG2, softcap,
+        rows, block_q, lists[0].shape[-1], table.shape[1], scale * LOG2E.value, softcap,
         min(window, FAR), min(sinks, FAR),
-        *q.stride()[:3], *kv.k.stride()[:2], *kv.v.stride()[:2],
-        *(k_scale.stride()[:2] if k_scale is not None else (0, 0)),
-        *(v_scale.stride()[:2] if v_scale is not None else (0, 0)),
+        *q.stride()[:3], *strides(kv),
         HEADS=heads, GROUP=heads // kv.n_kv_heads, LISTS=lists[2].shape[1], MODE=mode,
         HAS_VALID=kv.page_valid is not None, CAPPED=softcap > 0, FORMAT=kv.format, PAGE=kv.page_tokens,
-        D=size, BM=config.rows, BN=min(config.keys, kv.page_tokens),
-        BD=max(16, triton.next_power_of_2(size)), num_warps=config.warps, num_stages=config.stages,
+        D=size, BD=max(16, triton.next_power_of_2(size)),
+        **(config.launch | {"BN": min(config.blocks["BN"], kv.page_tokens)}),
     )  # fmt: skip
     return Attention(out, lse)

@@ -4,11 +4,40 @@ A tile is BN tokens of one page: `at` is its first token in the page. Channels a
 two. Scores are kept in base 2: `exp2(scores)` weighs, so `scale` comes multiplied by log2(e).
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from agentctx.kernels.errors import Uncovered
+from agentctx.kernels.gpu.configs import KINDS, Config, arch_of, pick
+from agentctx.kernels.records import KVPages
+
+LARGEST = 256  # head size
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def uncovered(q: Tensor, kv: KVPages) -> None:
+    """Raise Uncovered for what the kernels leave to torch."""
+    if kv.format == "packed":
+        raise Uncovered("packed pages are the CPU's")
+    if q.shape[3] > LARGEST:
+        raise Uncovered(f"head size {q.shape[3]}: Triton serves up to {LARGEST}")
+
+
+def configuration(table: tuple[Config, ...], q: Tensor, kv: KVPages, rows: int) -> Config:
+    """The row of `table` for so many rows of q; float32 queries need float32 products, whatever the pages."""
+    kind = KINDS[q.dtype if q.element_size() == 4 else kv.k.dtype]
+    return pick(table, arch_of(q), dim=q.shape[3], rows=rows, kind=kind)
+
+
+def strides(kv: KVPages) -> tuple[int, ...]:
+    """Page and head strides of k, v and their scales."""
+    pools = (kv.k, kv.v, kv.k_scale, kv.v_scale)
+    return tuple(step for x in pools for step in ((0, 0) if x is None else x.stride()[:2]))
 
 
 @triton.jit
@@ -76,10 +105,11 @@ def scores(q, k, scale, softcap, CAPPED: tl.constexpr):
     s = tl.dot(q, k, input_precision="ieee")
     if CAPPED:
         # tanh of the natural score over the cap, by an exponent that cannot overflow
-        x = s * (scale / (LOG2E * softcap))
-        e = tl.exp2(-2 * LOG2E * tl.abs(x))
+        cap = softcap * LOG2E
+        x = s * (scale / cap)
+        e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
         tanh = (1 - e) / (1 + e)
-        return LOG2E * softcap * tl.where(x < 0, -tanh, tanh)
+        return tl.where(x < 0, -tanh, tanh) * cap
     else:
         return s * scale
 
