@@ -9,6 +9,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
+from drawn_lists import lists_for, with_own_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,41 +20,11 @@ from agentctx.kernels.prefill import (
     token_sparse_prefill,
     window_prefill,
 )
-from agentctx.kernels.records import Attention, BlockSelection, KVPages
+from agentctx.kernels.records import Attention, KVPages
 
 IMPLS = drawn.implementations("block_sparse_prefill")
 TOKEN_IMPLS = drawn.implementations("token_sparse_prefill")
 PRECISE: dict[str, Any] = {"impl": "reference", "out_dtype": torch.float32, "validate": True}
-
-
-def lists_for(case: drawn.Case, offset: Tensor, block_q: int, heads: int, density: float) -> BlockSelection:
-    """Random lists below the diagonal; density 1 is all of it. Per row of a list of its own: `block_q` 1."""
-    batch, _, rows, _ = case.q.shape
-    page, query_blocks = case.kv.page_tokens, -(-rows // block_q)
-    slots = case.table.shape[1]
-    pages = torch.full((batch, heads, query_blocks, slots), drawn.UNUSED, dtype=torch.int32)
-    blocks, counts = pages.clone(), torch.zeros(batch, heads, query_blocks, dtype=torch.int32)
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(query_blocks):
-                below = min(max(0, (int(offset[b]) + i * block_q) // page), int(case.blocks[b]))
-                ids = (torch.rand(below, generator=case.generator) < density).nonzero()[:, 0]
-                blocks[b, h, i, : len(ids)] = ids.int()
-                pages[b, h, i, : len(ids)] = case.table[b, ids]
-                counts[b, h, i] = len(ids)
-    return BlockSelection(pages, blocks, counts)
-
-
-def with_own_block(case: drawn.Case, offset: Tensor, heads: int, density: float) -> BlockSelection:
-    """A list for each row: some blocks below its own, then its own."""
-    chosen = lists_for(case, offset, 1, heads, density)
-    for b, h, t in torch.ones_like(chosen.counts).nonzero().tolist():
-        own, count = (int(offset[b]) + t) // case.kv.page_tokens, int(chosen.counts[b, h, t])
-        if 0 <= own < int(case.blocks[b]):
-            chosen.blocks[b, h, t, count] = own
-            chosen.pages[b, h, t, count] = case.table[b, own]
-            chosen.counts[b, h, t] += 1
-    return chosen
 
 
 def tolerance(case: drawn.Case) -> torch.dtype:
