@@ -31,20 +31,23 @@ from agentctx.kernels.gpu.tiles import (
 )
 from agentctx.kernels.records import Attention, BlockSelection, KVPages
 
-# One K and V tile of 64 tokens is a page. 128 rows halve what is read for each product; on 8 warps, for on 4
-# they spill.
+HALF = ("bf16", "fp16")
+# A tile of 64 keys is a page. 128 rows halve what is read for each product; they need 8 warps, on 4 they
+# spill. Quantised pages of 256 channels spill on Ampere: torch serves them.
 CONFIGS = (
     Config(dim=64, kinds=("fp32",), blocks={"BM": 32, "BN": 32}, warps=4, stages=2),
     Config(kinds=("fp32",), blocks={"BM": 16, "BN": 16}, warps=4, stages=2),
     Config(dim=128, rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=3),
-    Config(rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=2),
+    Config(kinds=HALF, rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=2),
     Config(arch=90, dim=128, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
     Config(arch=90, dim=128, blocks={"BM": 128, "BN": 64}, warps=8, stages=3),
-    Config(arch=90, blocks={"BM": 64, "BN": 64}, warps=8, stages=2),
+    Config(arch=90, kinds=HALF, blocks={"BM": 64, "BN": 64}, warps=8, stages=2),
+    Config(arch=90, blocks={"BM": 64, "BN": 32}, warps=8, stages=2),
     Config(dim=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
-    Config(dim=128, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=2),
-    Config(dim=128, blocks={"BM": 128, "BN": 64}, warps=8, stages=2),
-    Config(blocks={"BM": 64, "BN": 32}, warps=8, stages=2),
+    Config(dim=128, kinds=HALF, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=2),
+    Config(dim=128, kinds=HALF, blocks={"BM": 128, "BN": 64}, warps=8, stages=2),
+    Config(dim=128, blocks={"BM": 64, "BN": 32}, warps=8, stages=2),
+    Config(kinds=HALF, blocks={"BM": 64, "BN": 32}, warps=8, stages=2),
 )
 FAR = 1 << 30  # a window or sinks beyond every position
 

@@ -29,9 +29,15 @@ def uncovered(q: Tensor, kv: KVPages) -> None:
 
 
 def configuration(table: tuple[Config, ...], q: Tensor, kv: KVPages, rows: int) -> Config:
-    """The row of `table` for so many rows of q; float32 queries need float32 products, whatever the pages."""
+    """The row of `table` for so many rows of q; float32 queries need float32 products, whatever the pages.
+
+    Raises Uncovered if there is none.
+    """
     kind = KINDS[q.dtype if q.element_size() == 4 else kv.k.dtype]
-    return pick(table, arch_of(q), dim=q.shape[3], rows=rows, kind=kind)
+    try:
+        return pick(table, arch_of(q), dim=q.shape[3], rows=rows, kind=kind)
+    except LookupError as missing:
+        raise Uncovered(str(missing)) from missing
 
 
 def strides(kv: KVPages) -> tuple[int, ...]:

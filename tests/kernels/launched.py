@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agentctx.kernels.gpu import configs
+from agentctx.kernels.records import BlockSelection, KVPages
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -69,3 +70,29 @@ def _compiled(kernel: Any, arch: int, args: tuple[Any, ...], named: dict[str, An
         else:
             signature[name] = "fp32"
     return aot.compile_kernel(kernel, signature, constants, arch, aligned=aligned, **options)
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pool(
+    format: str, size: int, dtype: torch.dtype = torch.bfloat16, *, page: int = 64, valid: bool = False
+) -> KVPages:
+    """4,096 pages of 8 heads that hold nothing."""
+    lead = (4096, 8)
+    marks = ints(4096) if valid else None
+    if format == "paged":
+        shape = (*lead, page, size)
+        return KVPages(values(*shape, dtype=dtype), values(*shape, dtype=dtype), page, size, page_valid=marks)
+    width, of = (size, torch.int8) if format == "int8" else (size // 2, torch.uint8)
+    k, v = values(*lead, page, width, dtype=of), values(*lead, width, page, dtype=of)
+    return KVPages(k, v, page, size, format, values(*lead, size), values(*lead, size), marks)
+
+
+def lists(*shape: int) -> BlockSelection:
+    return BlockSelection(ints(*shape), ints(*shape), ints(*shape[:-1]))
