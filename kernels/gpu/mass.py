@@ -22,7 +22,6 @@ from agentctx.kernels.gpu.configs import Config, processors
 from agentctx.kernels.gpu.tiles import LN2, LOG2E, configuration, keys, scores, strides, uncovered
 from agentctx.kernels.records import KVPages
 
-
 CONFIGS = (
     Config(dim=64, kinds=("fp32",), blocks={"BM": 32, "BN": 32}, warps=4, stages=2),
     Config(kinds=("fp32",), blocks={"BM": 16, "BN": 16}, warps=4, stages=2),
@@ -34,16 +33,17 @@ CONFIGS = (
 
 
 @triton.jit
-def _rows_of(q, which, positions, offset, rows, q_h, q_t, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Queries `[BM, BD]` of the packed rows `which`: head `which // rows` of the group, token `which % rows`."""
+def _rows_of(
+    q, which, positions, offset, rows, q_h, q_t, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """Queries `[BM, BD]` of the packed rows: head `which // rows` of the group, token `which % rows`."""
     token = which % rows
     channel = tl.arange(0, BD)
     at = (which // rows).to(tl.int64)[:, None] * q_h + token.to(tl.int64)[:, None] * q_t + channel[None, :]
     inside = which < GROUP * rows
     queries = tl.load(q + at, mask=inside[:, None] & (channel < D)[None, :], other=0.0)
-    if positions is None:
-        position = offset + token
-    else:
+    position = offset + token
+    if positions is not None:
         position = tl.load(positions + token, mask=inside, other=-1)
     return queries, tl.where(inside, position, -1)
 
@@ -134,9 +134,7 @@ def mass_kernel(
             )
             for first in range(0, GROUP * rows, BM):
                 which = first + tl.arange(0, BM)
-                queries, position = _rows_of(
-                    q, which, positions, length - rows, rows, q_h, q_t, GROUP, D, BD
-                )
+                queries, position = _rows_of(q, which, positions, length - rows, rows, q_h, q_t, GROUP, D, BD)
                 sc = scores(queries, k_tile, scale, softcap, CAPPED)
                 sc = _hidden(sc, block * PAGE + sub * BN, position, length, page, sub * BN, valid, BN)
                 here = which < GROUP * rows

@@ -4,13 +4,13 @@
 
 The first kernel is attention to the compressed keys; the second takes its lse, recomputes the probabilities
 and adds them up to the importance of the selection blocks. A selection block of R strides gets from each
-compressed block i as many shares as they have strides in common, so with W = cmp_block / cmp_stride
+compressed block as many shares as they have strides in common, so with W = cmp_block / cmp_stride
 
-    importance[j] = sum over o in (-W, R) of c(o) p[j R + o],   c(o) = the pairs 0 <= r < R, 0 <= w < W, r - w = o
+    importance[j] = sum over -W < o < R of c(o) p[j R + o],   c(o) pairs 0 <= r < R, 0 <= w < W with r - w = o
 
-and a tile of selection blocks needs R + W - 1 products with keys R apart, and no scatter. Cost of the two, B =
-1: `4 Hq D T NC / 2 + 2 Hq D T NC / 2 (R + W - 1) / R` FLOP; scratch `4 Hkv T NB` bytes of importance. Limits:
-those of `prefill`.
+and a tile of selection blocks needs R + W - 1 products with keys R apart, and no scatter. Cost of the two for
+B = 1: `2 Hq D T NC (1 + (R + W - 1) / 2 R)` FLOP; scratch `4 Hkv T NB` bytes of importance. Limits: those of
+`prefill`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compressed_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of T, Hq, B). Row at `position` sees the keys i with `i stride + block - 1 <= position`."""
+    """Grid: (tiles of T, Hq, B). A row at p sees the keys i with `i stride + block - 1 <= p`."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tile * BM + tl.arange(0, BM)
@@ -104,7 +104,7 @@ def importance_kernel(
     lse += (b * KV_HEADS + head) * GROUP * rows
     shares = tl.zeros([BM, BN], tl.float32)
     if tl.program_id(1) * BN * R - W < tl.max(visible, 0):
-        for step in range(0, R + W - 1):
+        for step in range(R + W - 1):
             o = step - W + 1
             common = tl.minimum(R - 1, o + W - 1) - tl.maximum(o, 0) + 1  # pairs r - w = o
             i = column * R + o
@@ -112,7 +112,7 @@ def importance_kernel(
             at = k + i.to(tl.int64)[None, :] * k_n + channel[:, None]
             k_tile = tl.load(at, mask=here[None, :] & (channel < D)[:, None], other=0.0)
             seen = (i[None, :] < visible[:, None]) & here[None, :]
-            for member in range(0, GROUP):
+            for member in range(GROUP):
                 where = q + member * q_h + row.to(tl.int64)[:, None] * q_t + channel[None, :]
                 queries = tl.load(where, mask=inside, other=0.0)
                 natural = tl.load(lse + member * rows + row, mask=row < rows, other=float("inf"))

@@ -57,9 +57,9 @@ def prefill_kernel(
     q, k, v, k_scale, v_scale, valid, pages, blocks, counts, table, lens, offsets, out, lse,
     rows, block_q, slots, table_width, scale, softcap, window, sinks,
     q_b, q_h, q_t, k_p, k_h, v_p, v_h, ks_p, ks_h, vs_p, vs_h,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, LISTS: tl.constexpr, MODE: tl.constexpr, HAS_VALID: tl.constexpr,
-    CAPPED: tl.constexpr, FORMAT: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, LISTS: tl.constexpr, MODE: tl.constexpr,
+    HAS_VALID: tl.constexpr, CAPPED: tl.constexpr, FORMAT: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks x tiles of a query block, Hq, B). MODE is dense, window or lists."""
     SUB: tl.constexpr = PAGE // BN  # tiles of a page
@@ -126,16 +126,12 @@ def prefill_kernel(
     for s in range(low, high):
         page = tl.load(listed + s // SUB).to(tl.int64)
         at = s % SUB * BN
-        k_tile = keys(
-            k, k_scale, page, kv_head, k_p, k_h, ks_p, ks_h, at, D, BN, BD, FORMAT, DTYPE
-        )
+        k_tile = keys(k, k_scale, page, kv_head, k_p, k_h, ks_p, ks_h, at, D, BN, BD, FORMAT, DTYPE)
         sc = scores(queries, k_tile, scale, softcap, CAPPED)
-        v_tile = values(
-            v, v_scale, page, kv_head, v_p, v_h, vs_p, vs_h, at, D, PAGE, BN, BD, FORMAT, DTYPE
-        )
+        v_tile = values(v, v_scale, page, kv_head, v_p, v_h, vs_p, vs_h, at, D, PAGE, BN, BD, FORMAT, DTYPE)
         top, total, acc = accumulate(sc, v_tile, top, total, acc)
 
-    for s in range(0, masked):
+    for s in range(masked):
         if MODE == "lists":
             c = tl.load(listed_blocks + s // SUB, mask=s < before, other=0) * SUB + s % SUB
             c = tl.where(s < before, c, resume + s - before)
@@ -146,9 +142,7 @@ def prefill_kernel(
             page = tl.load(table + c // SUB)
         page = page.to(tl.int64)
         at = c % SUB * BN
-        k_tile = keys(
-            k, k_scale, page, kv_head, k_p, k_h, ks_p, ks_h, at, D, BN, BD, FORMAT, DTYPE
-        )
+        k_tile = keys(k, k_scale, page, kv_head, k_p, k_h, ks_p, ks_h, at, D, BN, BD, FORMAT, DTYPE)
         sc = scores(queries, k_tile, scale, softcap, CAPPED)
         key = c * BN + tl.arange(0, BN)
         seen = (key < length)[None, :] & (key[None, :] <= position[:, None])
@@ -167,9 +161,7 @@ def prefill_kernel(
                     reached |= s < before
                 seen = reached[:, None] & (at + tl.arange(0, BN) < held)[None, :]
         sc = tl.where(seen, sc, float("-inf"))
-        v_tile = values(
-            v, v_scale, page, kv_head, v_p, v_h, vs_p, vs_h, at, D, PAGE, BN, BD, FORMAT, DTYPE
-        )
+        v_tile = values(v, v_scale, page, kv_head, v_p, v_h, vs_p, vs_h, at, D, PAGE, BN, BD, FORMAT, DTYPE)
         top, total, acc = accumulate(sc, v_tile, top, total, acc)
 
     # out [BM, BD], lse [BM]

@@ -51,9 +51,8 @@ def _signed(byte, channel, D: tl.constexpr, FORMAT: tl.constexpr):
     """The code of a channel from its byte: channel i in the low nibble, i + D/2 in the high one."""
     if FORMAT == "int4":
         nibble = (byte.to(tl.int32) >> tl.where(channel < D // 2, 0, 4)) & 15
-        return (nibble ^ 8) - 8
-    else:
-        return byte
+        byte = (nibble ^ 8) - 8
+    return byte
 
 
 @triton.jit
@@ -65,20 +64,13 @@ def keys(
     pool += page * page_stride + head * head_stride
     token = at + tl.arange(0, BN)[None, :]
     channel = tl.arange(0, BD)[:, None]
-    if FORMAT == "int4":
-        where = token * (D // 2) + channel % (D // 2)
-    else:
-        where = token * D + channel
-    if BD == D:
-        code = tl.load(pool + where)
-    else:
-        code = tl.load(pool + where, mask=channel < D, other=0)
-    if FORMAT == "paged":
-        return code
-    else:  # Triton reads on after a return
+    where = token * (D // 2) + channel % (D // 2) if FORMAT == "int4" else token * D + channel
+    tile = tl.load(pool + where) if BD == D else tl.load(pool + where, mask=channel < D, other=0)
+    if FORMAT != "paged":
         scales += page * scale_page + head * scale_head
         scale = tl.load(scales + channel, mask=channel < D, other=0.0).to(tl.float32)
-        return (_signed(code, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE)
+        tile = (_signed(tile, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE)
+    return tile
 
 
 @triton.jit
@@ -91,10 +83,8 @@ def values(
     if FORMAT == "paged":
         token = at + tl.arange(0, BN)[:, None]
         channel = tl.arange(0, BD)[None, :]
-        if BD == D:
-            return tl.load(pool + token * D + channel)
-        else:
-            return tl.load(pool + token * D + channel, mask=channel < D, other=0.0)
+        where = pool + token * D + channel
+        tile = tl.load(where) if BD == D else tl.load(where, mask=channel < D, other=0.0)
     else:
         token = at + tl.arange(0, BN)[None, :]
         channel = tl.arange(0, BD)[:, None]
@@ -102,7 +92,8 @@ def values(
         code = tl.load(pool + row * PAGE + token, mask=channel < D, other=0)
         scales += page * scale_page + head * scale_head
         scale = tl.load(scales + channel, mask=channel < D, other=0.0).to(tl.float32)
-        return tl.trans((_signed(code, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE))
+        tile = tl.trans((_signed(code, channel, D, FORMAT).to(tl.float32) * scale).to(DTYPE))
+    return tile
 
 
 @triton.jit
@@ -115,9 +106,10 @@ def scores(q, k, scale, softcap, CAPPED: tl.constexpr):
         x = s * (scale / cap)
         e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
         tanh = (1 - e) / (1 + e)
-        return tl.where(x < 0, -tanh, tanh) * cap
+        s = tl.where(x < 0, -tanh, tanh) * cap
     else:
-        return s * scale
+        s *= scale
+    return s
 
 
 @triton.jit

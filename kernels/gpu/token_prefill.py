@@ -1,4 +1,4 @@
-"""Prefill with a list for each row, in Triton: a program is one token, the heads that share its list are rows.
+"""Prefill with a list for each row, in Triton: a program is one token, its rows the heads that share a list.
 
 Lists differ from row to row, so K and V are read once for each row: `2 D bytes` a listed token and KV head,
 `4 G D` FLOP for it. Bound by memory (mostly the L2 cache, where neighbouring rows meet the same blocks).
@@ -65,7 +65,7 @@ def token_prefill_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for s in range(0, tl.load(counts + chosen) * SUB):
+    for s in range(tl.load(counts + chosen) * SUB):
         page = tl.load(pages + s // SUB).to(tl.int64)
         at = s % SUB * BN
         k_tile = keys(k, k_scale, page, kv_head, k_p, k_h, ks_p, ks_h, at, D, BN, BD, FORMAT, DTYPE)

@@ -31,7 +31,9 @@ POINTERS = {
 OPTIONS = ("num_warps", "num_stages")
 
 
-def launched(arch: int, call: Callable[[], Any], *kernels: Any, users: tuple[Any, ...] = ()) -> list[aot.Report]:
+def launched(
+    arch: int, call: Callable[[], Any], *kernels: Any, users: tuple[Any, ...] = ()
+) -> list[aot.Report]:
     """Reports of the launches of `kernels` in `call`, in order; `users` are modules that import `arch_of`."""
     reports: list[aot.Report] = []
 

@@ -33,9 +33,7 @@ def test_both_passes(arch: int, format: str, size: int, rows: int, dtype: Any, p
     q, kv = values(1, 32, rows, size, dtype=dtype), pool(format, size, dtype)
     reports = launched(
         arch,
-        lambda: mass.attention_mass(
-            q, kv, ints(1, 2048), ints(1), None, None, None, per, False, 0.1, 0.0
-        ),
+        lambda: mass.attention_mass(q, kv, ints(1, 2048), ints(1), None, None, None, per, False, 0.1, 0.0),
         mass.lse_kernel,
         mass.mass_kernel,
         users=(tiles,),

@@ -16,8 +16,16 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     ("size", "rows", "dtype"),
-    [(64, 4096, BF16), (128, 4096, BF16), (128, 1, BF16), (256, 4096, BF16), (256, 1, BF16), (64, 4096, FP32), (128, 4096, FP32)],
-)  # fmt: skip
+    [
+        (64, 4096, BF16),
+        (128, 4096, BF16),
+        (128, 1, BF16),
+        (256, 4096, BF16),
+        (256, 1, BF16),
+        (64, 4096, FP32),
+        (128, 4096, FP32),
+    ],
+)
 def test_compressed_keys(arch: int, size: int, rows: int, dtype: Any, within: Any) -> None:
     q, kv = values(1, 32, rows, size, dtype=dtype), pool("paged", size, dtype)
     cmp = (values(1, 8, 2047, size, dtype=dtype), values(1, 8, 2047, size, dtype=dtype))

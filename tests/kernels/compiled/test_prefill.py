@@ -119,11 +119,11 @@ def test_what_spills_is_left_to_torch() -> None:
 
 
 def test_lost_alignment_is_noticed() -> None:
-    """A head stride that 16 does not divide: no 128-bit copies of K are left, and the report says so."""
+    """Rows of 136 bytes cannot be copied by 16: no 128-bit copies are left, and the report says so."""
     (report,) = launched(
         90,
         lambda: prefill.dense_prefill(
-            values(1, 32, 4096, 72), pool("paged", 72), ints(1, 2048), ints(1), ints(1), 0.1, 0.0, BF16
+            values(1, 32, 4096, 68), pool("paged", 68), ints(1, 2048), ints(1), ints(1), 0.1, 0.0, BF16
         ),
         prefill.prefill_kernel,
         users=(tiles,),

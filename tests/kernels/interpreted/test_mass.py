@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import triton_cases
-import drawn  # isort: skip
+import triton_cases  # isort: skip  (before Triton)
+import drawn
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,7 +78,9 @@ def test_masses_sum_to_their_weights_over_splits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels, "processors", lambda _: 4)
     heads = torch.tensor([0.25, 2.0])
     found = triton_cases.both_orders(
-        lambda: attention_mass(case.q, case.kv, case.table, case.lens, heads=heads, per_head=True, impl="triton")
+        lambda: attention_mass(
+            case.q, case.kv, case.table, case.lens, heads=heads, per_head=True, impl="triton"
+        )
     )
     assert torch.equal(*found)
     torch.testing.assert_close(found[0].sum(2), 3 * heads[None], rtol=1e-5, atol=1e-6)

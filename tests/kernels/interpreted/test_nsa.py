@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton_cases
-import drawn  # isort: skip
+import triton_cases  # isort: skip  (before Triton)
+import drawn
 import pytest
 import torch
 from drawn_nsa import Problem

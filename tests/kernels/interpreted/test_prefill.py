@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import triton_cases
-import drawn  # isort: skip
+import triton_cases  # isort: skip  (before Triton)
+import drawn
 import pytest
 import torch
 from drawn_lists import lists_for, with_own_block
@@ -38,9 +38,7 @@ def problems(draw: st.DrawFn, rows: tuple[int, ...] = (1, 5, 70, 130)) -> tuple[
         rows=draw(st.sampled_from(rows)),
         size=draw(st.sampled_from((32, 64, 80, 128))),
         page=draw(st.sampled_from((16, 64, 64, 128))),
-        lens=draw(
-            st.lists(st.sampled_from((0, 1, 63, 64, 65, 128, 150)), min_size=batch, max_size=batch)
-        ),
+        lens=draw(st.lists(st.sampled_from((0, 1, 63, 64, 65, 128, 150)), min_size=batch, max_size=batch)),
         dtype=draw(st.sampled_from((BF16, BF16, FP16))),
         format=format,
         seed=draw(st.integers(0, 2**16)),
@@ -151,17 +149,13 @@ def test_page_valid(page: int) -> None:
     ):
         drawn.assert_close(got, want, BF16)
     want = window_prefill(case.q, kv, *where, **near, **PRECISE)
-    for got in triton_cases.both_orders(
-        lambda: window_prefill(case.q, kv, *where, **near, impl="triton")
-    ):
+    for got in triton_cases.both_orders(lambda: window_prefill(case.q, kv, *where, **near, impl="triton")):
         drawn.assert_close(got, want, BF16)
     rows = with_own_block(case, case.lens - 70, 1, 0.7)
     q = case.q[:, :, -3:]
     tail = rows._replace(**{name: x[:, :, -3:] for name, x in rows._asdict().items()})
     want = token_sparse_prefill(q, kv, tail, case.lens, **PRECISE)
-    for got in triton_cases.both_orders(
-        lambda: token_sparse_prefill(q, kv, tail, case.lens, impl="triton")
-    ):
+    for got in triton_cases.both_orders(lambda: token_sparse_prefill(q, kv, tail, case.lens, impl="triton")):
         drawn.assert_close(got, want, BF16)
 
 
