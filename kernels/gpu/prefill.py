@@ -254,7 +254,7 @@ def _launch(
         rows, block_q, lists[0].shape[-1], table.shape[1], scale * LOG2E.value, softcap,
         min(window, FAR), min(sinks, FAR),
         *q.stride()[:3], *strides(kv),
-        HEADS=heads, GROUP=heads // kv.n_kv_heads, LISTS=lists[2].shape[1], MODE=mode,
+        HEADS=heads, GROUP=heads // kv.n_kv_heads, LISTS=lists[2].shape[1] if selection else 1, MODE=mode,
         HAS_VALID=kv.page_valid is not None, CAPPED=softcap > 0, FORMAT=kv.format, PAGE=kv.page_tokens,
         D=size, BD=max(16, triton.next_power_of_2(size)),
         **(config.launch | {"BN": min(config.blocks["BN"], kv.page_tokens)}),
