@@ -38,7 +38,7 @@ CONFIGS = (
     Config(dim=64, kinds=("fp32",), blocks={"BM": 32, "BN": 32}, warps=4, stages=2),
     Config(kinds=("fp32",), blocks={"BM": 16, "BN": 16}, warps=4, stages=2),
     Config(dim=128, rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=3),
-    Config(kinds=HALF, rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=2),
+    Config(kinds=HALF, rows=16, blocks={"BM": 16, "BN": 32}, warps=4, stages=3),
     Config(arch=90, dim=128, rows=64, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
     Config(arch=90, dim=128, blocks={"BM": 128, "BN": 64}, warps=8, stages=3),
     Config(arch=90, kinds=HALF, blocks={"BM": 64, "BN": 64}, warps=8, stages=2),
