@@ -102,15 +102,16 @@ def unavailable(operation: str, impl: str) -> str | None:
     module = f"agentctx.kernels.{FOLDERS[name]}"
     if find_spec(module) is None or find_spec(f"{module}.{OPERATIONS[operation]}") is None:
         return f"{name} does not implement it"
+    if name == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "no NVIDIA GPU"
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed"
     if not hasattr(import_module(f"{module}.{OPERATIONS[operation]}"), operation):
         return f"{name} does not implement it"
     if name == "cpp":
         from agentctx.kernels.cpu import build
 
         return build.reason(level or build.best())
-    if name == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted or torch.cuda.is_available() else "no NVIDIA GPU"
     return None
 
 
