@@ -83,7 +83,7 @@ def _summarise(
     entry = pair * CAP + block
     # [PAGE, DP]
     x = load_tile(base, own, tokens, d, live, PAGE, D, FORMAT, transposed)
-    some = inside & (held > 0)
+    some = d < tl.where(held > 0, D, 0)
     if KIND == "minmax":
         high = tl.max(tl.where(live[:, None], x, float("-inf")), 0)
         low = tl.min(tl.where(live[:, None], x, float("inf")), 0)
@@ -116,7 +116,7 @@ def _summarise(
         mean = (sums + shifted) / tl.maximum(seen, 1).to(tl.float32)[:, None]
         known = seen > 0
         if STARTED:  # a write leaves no entry of its blocks as it was, and of the block before only the last
-            known = last | (block >= (end - added) // PAGE)
+            known = last | (w + block >= w + (end - added) // PAGE)
         at = (entry * per + w)[:, None] * D + d[None, :]
         tl.store(out + at, mean.to(out.dtype.element_ty), mask=known[:, None] & inside[None, :])
     if KIND == "hadamard2":
@@ -132,7 +132,7 @@ def _summarise(
             codes |= code << (2 * part)
         codes = tl.where(live[:, None], codes, 0).to(tl.uint8)
         at = (entry * PAGE + tokens)[:, None] * quarter + i[None, :]
-        tl.store(out + at, codes, mask=(i < quarter)[None, :] & (held > 0))
+        tl.store(out + at, codes, mask=(i < tl.where(held > 0, quarter, 0))[None, :])
 
 
 def build_summary(
