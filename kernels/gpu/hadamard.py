@@ -16,9 +16,10 @@ from agentctx.kernels.errors import Uncovered
 from agentctx.kernels.gpu.configs import Config, arch_of, pick
 
 CONFIGS = (
-    Config(dim=64, blocks={"R": 64}, warps=4, stages=1),
-    Config(kinds=("fp32",), blocks={"R": 32}, warps=4, stages=1),
-    Config(blocks={"R": 64}, warps=4, stages=1),
+    Config(dim=128, kinds=("bf16", "fp16"), blocks={"R": 64, "N": 32}, warps=4, stages=1),
+    Config(dim=64, blocks={"R": 32, "N": 32}, warps=4, stages=1),
+    Config(dim=128, blocks={"R": 32, "N": 32}, warps=8, stages=1),
+    Config(blocks={"R": 16, "N": 32}, warps=8, stages=1),
 )
 
 
@@ -54,7 +55,7 @@ def _rotate(X, Y, rows, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     d, n = tl.arange(0, D), tl.arange(0, N)
     live = row[:, None] < rows
     x = tl.load(X + row[:, None] * D + d[None, :], mask=live, other=0)
-    for first in tl.static_range(0, D, N):
+    for first in range(0, D, N):
         y = rotated(x, first, N, D)
         tl.store(Y + row[:, None] * D + first + n[None, :], y.to(Y.dtype.element_ty), mask=live)
 
@@ -75,5 +76,5 @@ def rotate(x: Tensor, dtype: torch.dtype) -> Tensor:
         kind = {torch.float32: "fp32", torch.float16: "fp16"}.get(x.dtype, "bf16")
         row = pick(CONFIGS, arch_of(x), dim=size, kind=kind)
         grid = (triton.cdiv(rows, row.blocks["R"]),)
-        _rotate[grid](x, out, rows, D=size, N=min(size, 64), **row.launch)
+        _rotate[grid](x, out, rows, D=size, **row.launch | {"N": min(size, row.blocks["N"])})
     return out

@@ -17,7 +17,8 @@ from agentctx.kernels.records import KVPages
 
 CONFIGS = (
     Config(dim=64, blocks={}, warps=4, stages=1),
-    Config(blocks={}, warps=8, stages=1),
+    Config(dim=128, blocks={}, warps=8, stages=1),
+    Config(blocks={}, warps=16, stages=1),
 )
 _NEAREST = tl.constexpr(12582912.0)  # added and taken away: rounds a small float32 to even
 _SMALLEST = tl.constexpr(2.0**-126)

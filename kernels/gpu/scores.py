@@ -33,11 +33,10 @@ CONFIGS = (
     Config(blocks={"BN": 32}, warps=4, stages=1),
 )
 SUBMEANS = (
-    Config(dim=64, kinds=("fp32",), blocks={"RUNS": 64}, warps=8, stages=1),
-    Config(dim=128, kinds=("fp32",), blocks={"RUNS": 32}, warps=8, stages=1),
-    Config(kinds=("fp32",), blocks={"RUNS": 32}, warps=16, stages=1),
+    Config(dim=64, kinds=("fp32",), blocks={"RUNS": 32}, warps=8, stages=1),
+    Config(kinds=("fp32",), blocks={"RUNS": 16}, warps=8, stages=1),
     Config(dim=128, blocks={"RUNS": 64}, warps=4, stages=1),
-    Config(blocks={"RUNS": 64}, warps=8, stages=1),
+    Config(blocks={"RUNS": 32}, warps=8, stages=1),
 )
 CODES = (
     Config(dim=128, blocks={"BT": 128}, warps=4, stages=1),
@@ -276,7 +275,18 @@ def _score_codes(
 
 @triton.jit
 def _pool(
-    Q, out, H, T, M, block_q, stride_b, stride_h, stride_t, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr
+    Q,
+    out,
+    H,
+    T,
+    M,
+    block_q,
+    stride_b,
+    stride_h,
+    stride_t,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BQ: tl.constexpr,
 ):
     m, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, r = tl.arange(0, DP), tl.arange(0, BQ)
@@ -305,7 +315,9 @@ def block_scores(
     data, page, kind = summary.data, summary.page_tokens, summary.kind
     kv_heads = data.shape[1]
     _covered(q, summary)
-    blocks = data.shape[2] * (STEP if kind == "submeans" else 1) // (1 if kind in ("minmax", "mean") else page)
+    blocks = (
+        data.shape[2] * (STEP if kind == "submeans" else 1) // (1 if kind in ("minmax", "mean") else page)
+    )
     own = heads // kv_heads
     lead = heads if per_head else kv_heads
     out = torch.empty(batch, lead, tokens, blocks, dtype=torch.float32, device=q.device)
@@ -350,6 +362,8 @@ def _covered(q: Tensor, summary: BlockSummary) -> None:
         raise Uncovered(f"{q.shape[1] // data.shape[1]} query heads a KV head: up to 64 are served")
     if summary.kind in ("submeans", "hadamard2") and page not in (16, 32, 64, 128):
         raise Uncovered(f"pages of {page} tokens: 16, 32, 64 or 128 are served")
+    if summary.kind == "submeans" and q.shape[3] > 128 and not q.dtype == data.dtype != torch.float32:
+        raise Uncovered(f"submeans in float32, head size {q.shape[3]}: up to 128 is served")
     if not data.is_contiguous():
         raise Uncovered("a summary that is not contiguous")
 

@@ -5,7 +5,7 @@ that at least k keys (or, for top-p, the share p of the mass) reach; ties at the
 blocks. A running sum over the chosen blocks is the slot of each, so lists come out ascending. One program
 serves one list and keeps its scores in registers. `select_blocks` is two launches, scores and lists (three
 with `hadamard2`, whose queries are rotated first), and resolves the pages on the way. Cost: the scores once.
-Limits: 16,384 blocks (8,192 for top-p, whose masses are float64); longer rows are left to torch. What is not
+Limits: 8,192 blocks; longer rows are left to torch. What is not
 looked at on a GPU: a number of blocks beyond the scores counts as their number.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agentctx.kernels.errors import Uncovered
 from agentctx.kernels.gpu.configs import Config, arch_of, pick
-from agentctx.kernels.gpu.scores import block_scores
+from agentctx.kernels.gpu.scores import STEP, block_scores
 from agentctx.kernels.records import BlockSelection, BlockSummary
 
 # `dim` is the largest number of blocks of a list, padded to a power of two.
@@ -28,19 +28,19 @@ CONFIGS = (
     Config(dim=1024, blocks={}, warps=4, stages=1),
     Config(dim=4096, blocks={}, warps=8, stages=1),
     Config(dim=8192, blocks={}, warps=16, stages=1),
-    Config(dim=16384, kinds=("topk",), blocks={}, warps=16, stages=1),
 )
+MOST = 8192
 RESOLVE = Config(blocks={"S": 256}, warps=4, stages=1)
 _LEAST = tl.constexpr(-(2**31))  # of a block that is not there; no score has this key
 _FORCED = tl.constexpr(2**31 - 1)  # above the key of +inf
 
 
 @triton.jit
-def _peak(row, ROWS, stride, blocks, n):
-    # [N]: the best of ROWS rows of scores; NaN if any is, -inf past n
-    best = tl.load(row + blocks, mask=blocks < n, other=float("-inf"))
+def _peak(row, ROWS, NB, blocks):
+    # [N]: the best of ROWS rows of scores; NaN if any is
+    best = tl.load(row + blocks, mask=blocks < NB, other=float("-inf"))
     for t in range(1, ROWS):
-        more = tl.load(row + t * stride + blocks, mask=blocks < n, other=float("-inf"))
+        more = tl.load(row + t * NB + blocks, mask=blocks < NB, other=float("-inf"))
         best = tl.maximum(best, more, propagate_nan=tl.PropagateNan.ALL)
     return best
 
@@ -90,7 +90,7 @@ def _select(
             n = n // TOKENS + (n % TOKENS > 0).to(tl.int32)
     n = tl.minimum(tl.maximum(n, 0), NB)
     blocks = tl.arange(0, N)
-    score = _peak(scores + at * NROWS * NB, NROWS, NB, blocks, n)
+    score = _peak(scores + at * NROWS * NB, NROWS, NB, blocks)
     score = tl.where(score == score, score, float("-inf"))
     key = _keys(score, blocks, n, SINK, LOCAL)
     if TOP_P:
@@ -203,18 +203,20 @@ def select_blocks(
     local_blocks: int,
     scale: float,
 ) -> BlockSelection:
-    _fits(summary.data.shape[2], 16384)
+    page = summary.page_tokens
+    per = {"submeans": page // STEP, "hadamard2": page}.get(summary.kind, 1)
+    _fits(summary.data.shape[2] // max(per, 1))
     scores = block_scores(q, summary, context_lens, None, group, False, "dot", scale)
-    page, table = summary.page_tokens, block_table.contiguous()
+    table = block_table.contiguous()
     blocks, pages, counts = _launch(
         scores.unsqueeze(2), context_lens, k, sink_blocks, local_blocks, table=table, tokens=page
     )
     return BlockSelection(pages[:, :, 0], blocks[:, :, 0], counts[:, :, 0])
 
 
-def _fits(width: int, most: int) -> None:
-    if width > most:
-        raise Uncovered(f"{width} blocks: up to {most} are served")
+def _fits(width: int) -> None:
+    if width > MOST:
+        raise Uncovered(f"{width} blocks: up to {MOST} are served")
 
 
 def _launch(
@@ -231,7 +233,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks, pages (the blocks again without a table) and counts."""
     width, rows = scores.shape[-1], scores.shape[-2] if table is not None else 1
-    _fits(width, 16384 if share is None else 8192)
+    _fits(width)
     scores = scores.contiguous()
     lead = scores.shape[:-2] if table is not None else scores.shape[:-1]
     device = scores.device
@@ -241,7 +243,7 @@ def _launch(
     if counts.numel():
         n = n_blocks if isinstance(n_blocks, Tensor) else None
         padded = max(16, triton.next_power_of_2(width))
-        row = pick(CONFIGS, arch_of(scores), dim=padded, kind="topk" if share is None else "topp")
+        row = pick(CONFIGS, arch_of(scores), dim=padded)
         _select[(counts.numel(),)](
             scores,
             counts if n is None else n,

@@ -70,7 +70,18 @@ def _write(
 
 @triton.jit
 def _copy(
-    src, dst, ids, inner, H, s_stride_p, s_stride_h, d_stride_p, d_stride_h, ids_stride_n, ids_stride, N: tl.constexpr
+    src,
+    dst,
+    ids,
+    inner,
+    H,
+    s_stride_p,
+    s_stride_h,
+    d_stride_p,
+    d_stride_h,
+    ids_stride_n,
+    ids_stride,
+    N: tl.constexpr,
 ):
     pair = tl.program_id(1).to(tl.int64)
     i, h = pair // H, pair % H

@@ -4,7 +4,7 @@ The same kernel serves `build_summary`, from a given block to the end of every s
 (`update`), for the blocks that a write has touched; there the first block and the end are read on the device.
 `hadamard2` rotates on tensor cores (see `hadamard.py`); default thresholds come from sums by torch, once for
 a context. Cost: the bytes of K (vmax: V) of the blocks; of `submeans` a quarter more (16 tokens of the next
-block). Limits: head sizes to 256 (hadamard2: from 16), packed pages are left to torch; minmax always in the
+block). Limits: head sizes to 256 (hadamard2: 16 to 256 in bfloat16, else to 128), packed pages are left to torch; minmax always in the
 GPU layout.
 """
 
@@ -126,7 +126,7 @@ def _summarise(
         cut = tl.load(thresholds + h)
         x = x.to(tl.bfloat16) if X.dtype.element_ty == tl.bfloat16 else x
         codes = tl.zeros([PAGE, n], tl.int32)
-        for part in tl.static_range(4):
+        for part in range(4):
             y = rotated(x, part * quarter, n, D)
             code = (y > -cut).to(tl.int32) + (y > 0).to(tl.int32) + (y > cut).to(tl.int32)
             codes |= code << (2 * part)
@@ -171,8 +171,9 @@ def _covered(kv: KVPages, kind: str, data: Tensor) -> None:
     served(kv)
     if kind == "minmax" and data.dim() == 4:
         raise Uncovered("minmax in the layout of the CPU")
-    if kind == "hadamard2" and kv.head_dim < 16:
-        raise Uncovered(f"hadamard2 of head size {kv.head_dim}: from 16 on is served")
+    most = 256 if kv.k.dtype == torch.bfloat16 else 128
+    if kind == "hadamard2" and not 16 <= kv.head_dim <= most:
+        raise Uncovered(f"hadamard2 of {kv.k.dtype}, head size {kv.head_dim}: 16 to {most} is served")
 
 
 def _launch(
