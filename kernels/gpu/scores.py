@@ -2,7 +2,7 @@
 
 The G heads of a KV head, times as many tokens as fit, are the rows of one product; the heads are united in
 registers, so a summary is read once and a score written once. `minmax` takes two products, of the parts of q
-that meet the maxima and the minima. `hadamard2` never leaves tensor cores: the level of a code is a sum of two
+that meet the maxima and the minima. `hadamard2` stays on tensor cores: the level of a code is a sum of two
 whole numbers, 0.5286 (2 c - 3) - 0.0758 sign, which float16 holds exactly, and the rotated query, scaled by
 its largest element, is the sum of two float16 rows; so the estimate is right to float32. The Manhattan
 distance is `sum a + sum_j (1 - 2 [a >= j]) . [c >= j]`, j = 1, 2, 3: whole numbers, exact.

@@ -4,8 +4,8 @@ The same kernel serves `build_summary`, from a given block to the end of every s
 (`update`), for the blocks that a write has touched; there the first block and the end are read on the device.
 `hadamard2` rotates on tensor cores (see `hadamard.py`); default thresholds come from sums by torch, once for
 a context. Cost: the bytes of K (vmax: V) of the blocks; of `submeans` a quarter more (16 tokens of the next
-block). Limits: head sizes to 256 (hadamard2: 16 to 256 in bfloat16, else to 128), packed pages are left to torch; minmax always in the
-GPU layout.
+block). Limits: head sizes to 256 (hadamard2: 16 to 256 in
+bfloat16, else to 128), packed pages are left to torch; minmax always in the GPU layout.
 """
 
 from __future__ import annotations
