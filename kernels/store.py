@@ -84,7 +84,7 @@ def _fits(summary: BlockSummary, kv: KVPages, batch: int) -> None:
     kind, data, pool = summary.kind, summary.data, kv.k
     lead, size = (batch, pool.shape[1]), kv.head_dim
     shape: tuple[int, ...]
-    if kind == "minmax" and data.device.type == "cpu":
+    if kind == "minmax" and data.dim() == 4:
         shape, dtype = (*lead, 2 * size, -1), torch.float32
     elif kind == "minmax":
         shape, dtype = (*lead, -1, 2, size), pool.dtype

@@ -29,7 +29,7 @@ def elsewhere(place: Callable[[Tensor], Tensor]) -> Iterator[None]:
         if impl != "triton":
             return stay(operation, impl, device, *args, **options)
         trip = _Trip(place, _dtype_of_extremes(args))
-        if operation == "build_summary" and args[3] == "minmax":
+        if operation == "build_summary" and args[3] == "minmax" and args[5].dim() == 4:
             args = (*args[:5], trip.extremes(args[5]), *args[6:])
         there = [trip.carry(x) for x in args]
         named = {name: trip.carry(x) for name, x in options.items()}

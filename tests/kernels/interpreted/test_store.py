@@ -1,0 +1,33 @@
+"""Copies in the interpreter, and a page that does not exist; writes are in `test_summary.py`."""
+
+from __future__ import annotations
+
+import drawn
+import pytest
+import torch
+from triton_cases import both_orders, fault
+
+from agentctx.kernels.records import KVPages
+from agentctx.kernels.store import copy_pages, write_kv
+
+
+@pytest.mark.parametrize("format", ["paged", "int8", "int4"])
+def test_copies_are_exact(format: str) -> None:
+    case = drawn.make(kv_heads=2, size=50, lens=[200], dtype=torch.bfloat16, format=format)
+    ids = torch.tensor([[3, 0], [1, 4]], dtype=torch.int32)
+
+    def copied() -> KVPages:
+        to = KVPages.empty(5, 2, 50, format=format)
+        copy_pages(case.kv, to, ids, impl="triton")
+        return to
+
+    for got in both_orders(copied):
+        assert torch.equal(got.k[0], case.kv.k[3]) and torch.equal(got.v[4], case.kv.v[1])
+        assert not bool(got.k[1].any())
+
+
+def test_a_page_beyond_the_pool_is_caught() -> None:
+    kv, rows = KVPages.empty(2, 1, 32), torch.ones(1, 1, 4, 32, dtype=torch.bfloat16)
+    table, at = torch.tensor([[9]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with fault("out-of-bounds store"):
+        write_kv(kv, rows, rows, table, at, impl="triton")
