@@ -68,6 +68,9 @@ def run(operation: str, impl: str | None, device: torch.device, /, *args: Any, *
         why = unavailable(operation, name)
         if why is None:
             try:
+                if device.type == "cuda" and device.index != torch.cuda.current_device():
+                    with torch.cuda.device(device):  # Triton launches on the current one
+                        return function(operation, name)(*args, **options)
                 return function(operation, name)(*args, **options)
             except Uncovered as reason:
                 why = str(reason)

@@ -130,6 +130,7 @@ def _decode(
 
 def _sizes(group: int, share: int, rows: int, kv: KVPages) -> dict[str, int | bool]:
     size = kv.head_dim
-    padded = {"ROWS": triton.next_power_of_2(rows), "DP": triton.next_power_of_2(size)}
+    least = 32 if kv.quantised else 16  # a product takes 16 channels, and quantised ones come in two halves
+    padded = {"ROWS": triton.next_power_of_2(rows), "DP": max(least, triton.next_power_of_2(size))}
     own = {"GROUP": group, "SHARE": share, "D": size, "PAGE": kv.page_tokens}
     return own | padded | {"INT4": kv.format == "int4"}

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agentctx.kernels.gpu.configs import Config, processors
-from agentctx.kernels.gpu.tiles import LN2, LOG2E, configuration, keys, scores, strides, uncovered
+from agentctx.kernels.gpu.tiles import LN2, LOG2E, configuration, keys, page_valid, scores, strides, uncovered
 from agentctx.kernels.records import KVPages
 
 CONFIGS = (
@@ -182,7 +182,7 @@ def attention_mass(
         "BN": min(config.blocks["BN"], kv.page_tokens), "BD": max(16, triton.next_power_of_2(size)),
     }  # fmt: skip
     options = (table.shape[1], scale * LOG2E.value, softcap, *q.stride()[:3], *strides(kv))
-    pool = (q, kv.k, kv.k_scale, kv.page_valid, table, lens, positions)
+    pool = (q, kv.k, kv.k_scale, page_valid(kv), table, lens, positions)
     if lse is None:
         tiles = -(-group * rows // config.blocks["BM"])
         splits = max(1, min(blocks, 2 * processors(q.get_device()) // (tiles * batch * kv_heads)))

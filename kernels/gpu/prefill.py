@@ -24,6 +24,7 @@ from agentctx.kernels.gpu.tiles import (
     configuration,
     finish,
     keys,
+    page_valid,
     scores,
     strides,
     uncovered,
@@ -250,7 +251,7 @@ def _launch(
     grid = (-(-rows // block_q) * -(-block_q // block_m), heads, batch)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     prefill_kernel[grid](
-        q, kv.k, kv.v, k_scale, v_scale, kv.page_valid, *lists, table, lens, offsets, out, lse,
+        q, kv.k, kv.v, k_scale, v_scale, page_valid(kv), *lists, table, lens, offsets, out, lse,
         rows, block_q, lists[0].shape[-1], table.shape[1], scale * LOG2E.value, softcap,
         min(window, FAR), min(sinks, FAR),
         *q.stride()[:3], *strides(kv),

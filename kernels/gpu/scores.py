@@ -150,12 +150,12 @@ def _score(
     GROUP: tl.constexpr,
     HAS_POS: tl.constexpr,
 ):
-    tile, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, pair = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, h = pair // HKV, pair % HKV
-    blocks = tl.program_id(0) * BN + tl.arange(0, BN)
+    blocks = tl.program_id(1) * BN + tl.arange(0, BN)
     d = tl.arange(0, DP)
     t, g, live = _rows(tile, T, G, GP, R)
-    row = b * q_stride_b + (h * G + g) * q_stride_h + t * q_stride_t
+    row = b * q_stride_b + (h * G + g) * q_stride_h + t.to(tl.int64) * q_stride_t
     end = tl.load(lens + b)  # what lies beyond is not read
     # [R, DP]
     q = tl.load(Q + row[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
@@ -172,7 +172,7 @@ def _score(
             s = _product(q, tl.load(data + at, mask=inside, other=0))
         else:
             per: tl.constexpr = PAGE // 16
-            run = tl.program_id(0) * (BN * per) + tl.arange(0, BN * per)
+            run = tl.program_id(1) * (BN * per) + tl.arange(0, BN * per)
             inside = ((run < NB * per) & (run * 16 < end))[:, None] & (d < D)[None, :]
             at = (pair * NB * per + run)[:, None] * D + d[None, :]
             own = _product(q, tl.load(data + at, mask=inside, other=0)) * scale
@@ -221,10 +221,10 @@ def _score_codes(
     GROUP: tl.constexpr,
     HAS_POS: tl.constexpr,
 ):
-    tile, pair = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, pair = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, h = pair // HKV, pair % HKV
     quarter: tl.constexpr = D // 4
-    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(1) * BT + tl.arange(0, BT)
     i = tl.arange(0, QP)
     t, g, live = _rows(tile, T, G, GP, R)
     row = (pair * G + g) * T + t
@@ -269,7 +269,7 @@ def _score_codes(
     limit = _limits(lens, q_pos, b, t, T, HAS_POS)
     s = tl.where(tokens[None, :] < limit[:, None], s, float("-inf"))
     s = _best(tl.reshape(s, [R, BT // PAGE, PAGE]), 2)
-    blocks = tl.program_id(0) * (BT // PAGE) + tl.arange(0, BT // PAGE)
+    blocks = tl.program_id(1) * (BT // PAGE) + tl.arange(0, BT // PAGE)
     _write(s, out, lens, q_pos, b, h, tile, blocks, T, NB, HKV, PAGE, G, GP, R, BT // PAGE, GROUP, HAS_POS)
 
 
@@ -325,17 +325,18 @@ def block_scores(
         return out
     padded = triton.next_power_of_2(own)
     rows = max(padded, min(MAX_ROWS, padded * triton.next_power_of_2(tokens)))
-    grid_rows = triton.cdiv(tokens, rows // padded)
+    grid_rows = triton.cdiv(tokens, rows // padded)  # may pass 65,535, the end of all axes but the first
     united = {"G": own, "GP": padded, "R": rows, "PAGE": page, "GROUP": "none" if per_head else group}
-    positions = context_lens if q_pos is None else q_pos.contiguous()
+    lens = context_lens.contiguous()
+    positions = lens if q_pos is None else q_pos.contiguous()
     united |= {"HAS_POS": q_pos is not None, "D": size}
     if kind == "hadamard2":
         assert summary.scale is not None
         row = pick(CODES, arch_of(q), dim=size, rows=rows)
         launch = row.launch | {"BT": max(page, row.blocks["BT"])}
         rotated = rotate(q, torch.float32)
-        grid = (triton.cdiv(blocks * page, launch["BT"]), grid_rows, batch * kv_heads)
-        codes = (rotated, data, summary.scale.contiguous(), context_lens, positions, out)
+        grid = (grid_rows, triton.cdiv(blocks * page, launch["BT"]), batch * kv_heads)
+        codes = (rotated, data, summary.scale.contiguous(), lens, positions, out)
         exact = {"QP": max(16, size // 4), "MANHATTAN": estimate == "manhattan"}
         _score_codes[grid](*codes, tokens, blocks, kv_heads, scale, **united, **exact, **launch)
         return out
@@ -345,9 +346,9 @@ def block_scores(
     launch = pick(table, arch_of(q), dim=wide, rows=rows, kind=dtype).launch
     if kind == "submeans":
         launch["BN"] = launch.pop("RUNS") * STEP // page
-    grid = (triton.cdiv(blocks, launch["BN"]), grid_rows, batch * kv_heads)
+    grid = (grid_rows, triton.cdiv(blocks, launch["BN"]), batch * kv_heads)
     shape = (tokens, blocks, kv_heads, scale, *q.stride()[:3])
-    _score[grid](q, data, context_lens, positions, out, *shape, DP=wide, KIND=kind, **united, **launch)
+    _score[grid](q, data, lens, positions, out, *shape, DP=wide, KIND=kind, **united, **launch)
     return out
 
 

@@ -5,8 +5,8 @@ that at least k keys (or, for top-p, the share p of the mass) reach; ties at the
 blocks. A running sum over the chosen blocks is the slot of each, so lists come out ascending. One program
 serves one list and keeps its scores in registers. `select_blocks` is two launches, scores and lists (three
 with `hadamard2`, whose queries are rotated first), and resolves the pages on the way. Cost: the scores once.
-Limits: 8,192 blocks; longer rows are left to torch. What is not
-looked at on a GPU: a number of blocks beyond the scores counts as their number.
+Limits: 16,384 blocks, 8,192 for top-p (its masses are float64 and would spill); longer rows are left to
+torch. What is not looked at on a GPU: a number of blocks beyond the scores counts as their number.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from agentctx.kernels.records import BlockSelection, BlockSummary
 CONFIGS = (
     Config(dim=1024, blocks={}, warps=4, stages=1),
     Config(dim=4096, blocks={}, warps=8, stages=1),
-    Config(dim=8192, blocks={}, warps=16, stages=1),
+    Config(dim=16384, blocks={}, warps=16, stages=1),
 )
-MOST = 8192
+MOST, MOST_BY_MASS = 16384, 8192
 RESOLVE = Config(blocks={"S": 256}, warps=4, stages=1)
 _LEAST = tl.constexpr(-(2**31))  # of a block that is not there; no score has this key
 _FORCED = tl.constexpr(2**31 - 1)  # above the key of +inf
@@ -214,9 +214,9 @@ def select_blocks(
     return BlockSelection(pages[:, :, 0], blocks[:, :, 0], counts[:, :, 0])
 
 
-def _fits(width: int) -> None:
-    if width > MOST:
-        raise Uncovered(f"{width} blocks: up to {MOST} are served")
+def _fits(width: int, most: int = MOST) -> None:
+    if width > most:
+        raise Uncovered(f"{width} blocks: up to {most} are served")
 
 
 def _launch(
@@ -233,7 +233,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks, pages (the blocks again without a table) and counts."""
     width, rows = scores.shape[-1], scores.shape[-2] if table is not None else 1
-    _fits(width)
+    _fits(width, MOST if share is None else MOST_BY_MASS)
     scores = scores.contiguous()
     lead = scores.shape[:-2] if table is not None else scores.shape[:-1]
     device = scores.device

@@ -83,11 +83,11 @@ def _copy(
     ids_stride,
     N: tl.constexpr,
 ):
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)  # the axis of a grid that may be long
     i, h = pair // H, pair % H
     read = tl.load(ids + i * ids_stride_n).to(tl.int64)
     written = tl.load(ids + i * ids_stride_n + ids_stride).to(tl.int64)
-    at = tl.program_id(0) * N + tl.arange(0, N)
+    at = tl.program_id(1) * N + tl.arange(0, N)
     x = tl.load(src + read * s_stride_p + h * s_stride_h + at, mask=at < inner)
     tl.store(dst + written * d_stride_p + h * d_stride_h + at, x, mask=at < inner)
 
@@ -109,7 +109,7 @@ def write_kv(
     grid = (triton.cdiv(tokens, row.blocks["BT"]), batch * heads)
     table = block_table.contiguous()
     strides = (*k.stride()[:3], *v.stride()[:3], *kv.k.stride()[:2], *kv.v.stride()[:2])
-    tensors = (k, v, kv.k, kv.v, table, start_pos)
+    tensors = (k, v, kv.k, kv.v, table, start_pos.contiguous())
     sizes = {"PAGE": kv.page_tokens, "D": size, "DP": wide}
     _write[grid](*tensors, tokens, table.shape[1], heads, *strides, **sizes, **row.launch)
     for summary in summaries:
@@ -124,5 +124,5 @@ def copy_pages(pairs: tuple[tuple[Tensor, Tensor], ...], ids: Tensor) -> None:
     for src, dst in pairs:
         heads, inner = (src.shape[1], src[0, 0].numel()) if src.dim() > 1 else (1, 1)
         strides = [s for x in (src, dst) for s in ((x.stride(0), 0) if x.dim() == 1 else x.stride()[:2])]
-        grid = (triton.cdiv(inner, size), len(ids) * heads)
+        grid = (len(ids) * heads, triton.cdiv(inner, size))
         _copy[grid](src, dst, ids, inner, heads, *strides, *ids.stride(), **COPY.launch)

@@ -46,6 +46,11 @@ def strides(kv: KVPages) -> tuple[int, ...]:
     return tuple(step for x in pools for step in ((0, 0) if x is None else x.stride()[:2]))
 
 
+def page_valid(kv: KVPages) -> Tensor | None:
+    """The valid tokens of each page, one behind the other, or None where pages are in position order."""
+    return None if kv.page_valid is None else kv.page_valid.contiguous()
+
+
 @triton.jit
 def _signed(byte, channel, D: tl.constexpr, FORMAT: tl.constexpr):
     """The code of a channel from its byte: channel i in the low nibble, i + D/2 in the high one."""

@@ -19,6 +19,7 @@ from agentctx.kernels.gpu.tiles import (
     configuration,
     finish,
     keys,
+    page_valid,
     scores,
     strides,
     uncovered,
@@ -107,7 +108,7 @@ def token_sparse_prefill(
     config = configuration(CONFIGS, q, kv, heads // lists)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     token_prefill_kernel[(rows, lists, batch)](
-        q, kv.k, kv.v, k_scale, v_scale, kv.page_valid, pages, blocks, counts, lens, offsets, out, lse,
+        q, kv.k, kv.v, k_scale, v_scale, page_valid(kv), pages, blocks, counts, lens, offsets, out, lse,
         rows, pages.shape[-1], scale * LOG2E.value, softcap, *q.stride()[:3], *strides(kv),
         LISTS=lists, GROUP=heads // lists, KV_LISTS=lists // kv.n_kv_heads,
         HAS_VALID=kv.page_valid is not None, CAPPED=softcap > 0, FORMAT=kv.format, PAGE=kv.page_tokens,

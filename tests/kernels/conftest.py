@@ -12,19 +12,23 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _carried(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and call.params.get("impl") == "triton" and not INTERPRETED
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
     for item in items:
-        call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("impl") == "triton" and not INTERPRETED:
+        if _carried(item):
             item.add_marker(pytest.mark.gpu)
             item.add_marker(absent)
 
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("gpu") is None:
+    if not _carried(request.node):
         yield
         return
     with carried.elsewhere(lambda x: x.to("cuda")):

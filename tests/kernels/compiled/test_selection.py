@@ -10,7 +10,7 @@ from agentctx.kernels.gpu import selection
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("blocks", [1024, 4096, 8192])
+@pytest.mark.parametrize("blocks", [1024, 4096, 8192, 16384])
 def test_top_k(within, blocks: int, arch: int) -> None:
     scores, table = torch.zeros(1, 2, 1, 1, blocks), torch.zeros(1, blocks, dtype=torch.int32)
     lens = torch.zeros(1, dtype=torch.int32)
