@@ -44,6 +44,7 @@ PEERS = (
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError)
 FAILURES += (AssertionError, NotImplementedError, TritonError)
 Call = Callable[[int], object]
+Turn = Callable[[], object]
 Record = dict[str, Any]
 
 
@@ -94,8 +95,7 @@ class Bench:
         source = torch.randn(size, device=self.device, dtype=torch.bfloat16)
         target = torch.empty_like(source)
         a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        calls = {"copy": lambda _: target.copy_(source), "product": lambda _: a @ b}
-        times = self.rounds(calls, sets=1, graph=False)
+        times = self.rounds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
         self.copy = 2 * source.nbytes / (statistics.median(times["copy"]) * 1e-6)
         self.product = 2 * n**3 / (statistics.median(times["product"]) * 1e-6)
 
@@ -131,22 +131,20 @@ class Bench:
     ) -> Iterable[Record]:
         """Check the candidates, time those that are right in turns with the baselines that run."""
         broken: dict[str, str] = {}
-        calls: dict[str, Call] = {}
+        turns: dict[str, Turn] = {}
         errors: dict[str, float] = {}
         for i, each in enumerate(candidates):
             try:
                 errors[f"{i}"] = checked(*each.check(), ALLOWED[dtype])
-                calls[f"{i}"] = each.call
+                turns[f"{i}"] = self.turn(each.call, sets, graph)
             except FAILURES as error:
                 broken[f"{i}"] = reason(error)
         for name, call in baselines.items():
             try:
-                call(0)
-                self.wait()
-                calls[name] = call
+                turns[name] = self.turn(call, sets, graph)
             except FAILURES as error:
                 broken[name] = reason(error)
-        times = self.rounds(calls, sets=sets, graph=graph)
+        times = {name: [x / sets for x in taken] for name, taken in self.rounds(turns).items()}
         rest = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
         for name in baselines:
             if name in broken:
@@ -178,38 +176,40 @@ class Bench:
             wanted = each.targets.get("best" if name.startswith("best (") else name)
             yield figures | found | {"ratio": round(ratio, 3)} | verdict(wanted, ratio)
 
-    def wait(self) -> None:
+    def turn(self, call: Call, sets: int, graph: bool) -> Turn:
+        """`call` on each of the sets, once it has run; as a graph if wanted."""
+
+        def all_sets() -> None:
+            for i in range(sets):
+                call(i)
+
+        if graph and not self.dry:
+            return captured(all_sets)
+        call(0)
         if not self.dry:
             torch.cuda.synchronize()
+        return all_sets
 
-    def rounds(self, calls: dict[str, Call], *, sets: int, graph: bool) -> dict[str, list[float]]:
-        """Microseconds a call took in each round that counts, the mean over the input sets."""
-        turns: dict[str, Callable[[], object]] = {}
-        for name, call in calls.items():
-
-            def turn(call: Call = call) -> None:
-                for i in range(sets):
-                    call(i)
-
-            turns[name] = captured(turn) if graph and not self.dry else turn
+    def rounds(self, turns: dict[str, Turn]) -> dict[str, list[float]]:
+        """Microseconds a turn took in each round that counts."""
         repeats = {name: self._repeats(turn) for name, turn in turns.items()}
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in turns}
         rounds, began, done = (1 if self.dry else ROUNDS), time.perf_counter(), 0
         while done < rounds and (done < 4 or time.perf_counter() - began < LONG):
             for name, turn in turns.items():
-                times[name].append(self._timed(turn, repeats[name]) / sets)
+                times[name].append(self._timed(turn, repeats[name]))
             done += 1
         dropped = 0 if self.dry else DROPPED if done == ROUNDS else 1
         return {name: taken[dropped:] for name, taken in times.items()}
 
-    def _repeats(self, turn: Callable[[], object]) -> int:
+    def _repeats(self, turn: Turn) -> int:
         """So many turns that they take two milliseconds."""
         if self.dry:
             return 1
         turn()
         return max(1, min(1000, math.ceil(2000 / self._timed(turn, 1))))
 
-    def _timed(self, turn: Callable[[], object], repeats: int) -> float:
+    def _timed(self, turn: Turn, repeats: int) -> float:
         """Microseconds of one turn."""
         if self.dry:
             began = time.perf_counter()

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def captured(step: Callable[[], Result], *, warm: int = 2) -> Callable[[], Result]:
-    """Record `step`, which must do the same work whatever its tensors hold. Call what comes back to replay it.
+    """Record `step`, which must do the same work whatever its tensors hold; what comes back replays it.
 
     A replay reads the tensors that `step` read, where they were: write the next query and the next lengths
     into them in place. It returns the very tensors that the recorded call returned, overwritten; they live as

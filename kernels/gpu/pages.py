@@ -33,7 +33,7 @@ def load_tile(
     width: tl.constexpr = D // 2 if FORMAT == "int4" else D
     place = channels % width if FORMAT == "int4" else channels
     inside = live[:, None] & (channels < D)[None, :]
-    if TRANSPOSED:  # noqa: SIM108  (Triton takes no conditional expression of tensors)
+    if TRANSPOSED:  # Triton takes no conditional expression of tensors
         at = place[None, :] * PAGE + tokens[:, None]
     else:
         at = tokens[:, None] * width + place[None, :]

@@ -27,6 +27,8 @@ from agentctx.kernels.records import BlockSelection, BlockSummary
 CONFIGS = (
     Config(dim=1024, blocks={}, warps=4, stages=1),
     Config(dim=4096, blocks={}, warps=8, stages=1),
+    Config(dim=8192, blocks={}, warps=16, stages=1),
+    Config(arch=90, dim=16384, blocks={}, warps=32, stages=1),
     Config(dim=16384, blocks={}, warps=16, stages=1),
 )
 MOST, MOST_BY_MASS = 16384, 8192
