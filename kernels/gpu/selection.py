@@ -28,7 +28,6 @@ CONFIGS = (
     Config(dim=1024, blocks={}, warps=4, stages=1),
     Config(dim=4096, blocks={}, warps=8, stages=1),
     Config(dim=8192, blocks={}, warps=16, stages=1),
-    Config(arch=90, dim=16384, blocks={}, warps=32, stages=1),
     Config(dim=16384, blocks={}, warps=16, stages=1),
 )
 MOST, MOST_BY_MASS = 16384, 8192
@@ -135,18 +134,25 @@ def _select(
             edge = higher
     tied = (key == edge) & (blocks < n)
     missing = count - tl.sum((key > edge).to(tl.int32), 0)
-    newer = tl.sum(tied.to(tl.int32), 0) - tl.cumsum(tied.to(tl.int32), 0)
-    chosen = (key > edge) | (tied & (newer < missing))
+    cut = 0  # the lowest of the tied blocks that are taken
+    if tl.sum(tied.to(tl.int32), 0) > missing:
+        for i in range(15):
+            higher = cut + (1 << (14 - i))
+            if tl.sum((tied & (blocks >= higher)).to(tl.int32), 0) >= missing:
+                cut = higher
+    chosen = (key > edge) | (tied & (blocks >= cut))
     slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
     slots = tl.arange(0, SP)
     unused = (slots >= count) & (slots < S)
-    tl.store(blocks_out + at * S + slot, blocks, mask=chosen)
-    tl.store(blocks_out + at * S + slots, tl.zeros([SP], tl.int32), mask=unused)
+    blocks_out += at * S
+    tl.store(blocks_out + slot, blocks, mask=chosen)
+    tl.store(blocks_out + slots, tl.zeros([SP], tl.int32), mask=unused)
     if RESOLVE:
-        known = chosen & (blocks < table_width)
-        page = tl.load(table + b * table_width + blocks, mask=known, other=0)
-        tl.store(pages_out + at * S + slot, page, mask=chosen)
-        tl.store(pages_out + at * S + slots, tl.zeros([SP], tl.int32), mask=unused)
+        tl.debug_barrier()  # the list is read back, by other threads than those that wrote it
+        block = tl.load(blocks_out + slots, mask=slots < count, other=0)
+        known = (slots < count) & (block < table_width)
+        page = tl.load(table + b * table_width + block, mask=known, other=0)
+        tl.store(pages_out + at * S + slots, page, mask=slots < S)
     tl.store(counts_out + at, count)
 
 

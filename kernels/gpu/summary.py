@@ -72,7 +72,7 @@ def _summarise(
     block = first + tl.program_id(0)
     if STARTED:
         block += (end - added) // PAGE
-    if (block < 0) | (block * PAGE >= end) | (block >= NB):
+    if (block < 0) | (block * PAGE >= end) | (block >= NB) | (block >= CAP):
         return
     page, held = _page(table, lens, valid, b, block, NB, end, PAGE, HAS_VALID)
     tokens, d = tl.arange(0, PAGE), tl.arange(0, DP)
