@@ -135,11 +135,11 @@ def _select(
     tied = (key == edge) & (blocks < n)
     missing = count - tl.sum((key > edge).to(tl.int32), 0)
     cut = 0  # the lowest of the tied blocks that are taken
-    if tl.sum(tied.to(tl.int32), 0) > missing:
-        for i in range(15):
-            higher = cut + (1 << (14 - i))
-            if tl.sum((tied & (blocks >= higher)).to(tl.int32), 0) >= missing:
-                cut = higher
+    bits = tl.where(tl.sum(tied.to(tl.int32), 0) > missing, 15, 0)  # of a block, to be searched for
+    for i in range(bits):
+        higher = cut + (1 << (14 - i))
+        if tl.sum((tied & (blocks >= higher)).to(tl.int32), 0) >= missing:
+            cut = higher
     chosen = (key > edge) | (tied & (blocks >= cut))
     slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
     slots = tl.arange(0, SP)
