@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 RESULTS = HERE.parent / "results"
 
 
@@ -36,8 +37,9 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     began, given = time.perf_counter(), options()
+    sys.path.insert(1, str(ROOT))  # a checkout need not be installed: only torch and triton are needed
     if given.dry:  # the interpreter of the tests, with right bfloat16; it must come before Triton
-        sys.path.insert(0, str(HERE.parents[1] / "tests" / "kernels"))
+        sys.path.insert(0, str(ROOT / "tests" / "kernels"))
         import interp  # noqa: F401
 
     import agreement

@@ -197,8 +197,8 @@ def _launch(
     valid = kv.page_valid if added == 0 else None
     wide = max(16, triton.next_power_of_2(size))
     row = pick(CONFIGS, arch_of(x), dim=wide, kind=KINDS[x.dtype])
-    strides = (x.stride(0), x.stride(1))
-    strides += (0, 0) if scale is None else (scale.stride(0), scale.stride(1))
+    of_scale = (0, 0) if scale is None else (scale.stride(0), scale.stride(1))
+    strides = (x.stride(0), x.stride(1), *of_scale)
     _summarise[(count, batch * heads)](
         x,
         x if scale is None else scale,

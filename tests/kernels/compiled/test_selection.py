@@ -8,7 +8,6 @@ from launches import launches
 
 from agentctx.kernels.gpu import selection
 
-
 SPILL = 4  # some compilers put one register aside around the search among equals, which few lists take
 
 

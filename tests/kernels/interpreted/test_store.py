@@ -7,6 +7,7 @@ import pytest
 import torch
 from triton_cases import both_orders, fault
 
+from agentctx.kernels.gpu.store import COPY, _copy
 from agentctx.kernels.records import KVPages
 from agentctx.kernels.store import copy_pages, write_kv
 
@@ -31,3 +32,22 @@ def test_a_page_beyond_the_pool_is_caught() -> None:
     table, at = torch.tensor([[9]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     with fault("out-of-bounds store"):
         write_kv(kv, rows, rows, table, at, impl="triton")
+
+
+def test_positions_may_be_one_number_for_all() -> None:
+    rows = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
+    table, at = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32).expand(2)
+
+    def written() -> KVPages:
+        kv = KVPages.empty(2, 1, 32, dtype=torch.float32)
+        write_kv(kv, rows, rows, table, at, impl="triton")
+        return kv
+
+    for got in both_orders(written):
+        assert torch.equal(got.k[1, 0, 7:11], rows[0, 0]) and torch.equal(got.v[0, 0, 7:11], rows[1, 0])
+
+
+def test_a_grid_that_no_gpu_takes_is_caught() -> None:
+    x, ids = torch.zeros(2, 1, 8), torch.zeros(1, 2, dtype=torch.int32)
+    with fault("65535 programs"):
+        _copy[(1, 65536)](x, x, ids, 8, 1, 8, 8, 8, 8, 2, 1, **COPY.launch)
