@@ -33,7 +33,7 @@ model: $(VENV)/.tested
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernels/table.py $(BENCH)
 
-install: $(VENV)/.tested
+install: $(VENV)/.tested $(VENV)/.triton-3.6
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -54,3 +54,8 @@ $(VENV)/.tested: pyproject.toml | $(VENV)/.created
 	@echo "installing agentctx, its extras and the test tools into $(VENV); the first time takes minutes"
 	$(PIP) $(TORCH) -e ".[office,pdf-crypto]" --group test
 	@touch $@ $(VENV)/.installed
+
+# The oldest Triton that is supported, beside the installed one: its compiler is tested as well.
+$(VENV)/.triton-3.6: | $(VENV)/.created
+	test "$$(uname -s)" != Linux || $(PIP) --no-deps --target $(VENV)/triton-3.6 "triton==3.6.*"
+	@touch $@

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,6 +68,9 @@ def run(operation: str, impl: str | None, device: torch.device, /, *args: Any, *
         why = unavailable(operation, name)
         if why is None:
             try:
+                if device.type == "cuda" and device.index != torch.cuda.current_device():
+                    with torch.cuda.device(device):  # Triton launches on the current one
+                        return function(operation, name)(*args, **options)
                 return function(operation, name)(*args, **options)
             except Uncovered as reason:
                 why = str(reason)
@@ -101,14 +105,16 @@ def unavailable(operation: str, impl: str) -> str | None:
     module = f"agentctx.kernels.{FOLDERS[name]}"
     if find_spec(module) is None or find_spec(f"{module}.{OPERATIONS[operation]}") is None:
         return f"{name} does not implement it"
+    if name == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "no NVIDIA GPU"
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed"
     if not hasattr(import_module(f"{module}.{OPERATIONS[operation]}"), operation):
         return f"{name} does not implement it"
     if name == "cpp":
         from agentctx.kernels.cpu import build
 
         return build.reason(level or build.best())
-    if name == "triton":
-        return None if torch.cuda.is_available() else "no NVIDIA GPU"
     return None
 
 

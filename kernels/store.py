@@ -74,7 +74,16 @@ def write_kv(
     if validate:
         contents.table(block_table, start_pos, kv.page_tokens, kv.n_pages)
         contents.table(block_table, start_pos + shape[2], kv.page_tokens, kv.n_pages)
+        for one in summaries:
+            contents.room("start_pos", start_pos, shape[2], _capacity(one))
     choose.run("write_kv", impl, device, kv, k, v, block_table, start_pos, summaries)
+
+
+def _capacity(summary: BlockSummary) -> int:
+    """Tokens that `summary` has room for."""
+    data, page = summary.data, summary.page_tokens
+    blocks = data.shape[3 if summary.kind == "minmax" and data.dim() == 4 else 2]
+    return blocks * 16 if summary.kind == "submeans" else blocks * page
 
 
 def _fits(summary: BlockSummary, kv: KVPages, batch: int) -> None:
@@ -84,7 +93,7 @@ def _fits(summary: BlockSummary, kv: KVPages, batch: int) -> None:
     kind, data, pool = summary.kind, summary.data, kv.k
     lead, size = (batch, pool.shape[1]), kv.head_dim
     shape: tuple[int, ...]
-    if kind == "minmax" and data.device.type == "cpu":
+    if kind == "minmax" and data.dim() == 4:
         shape, dtype = (*lead, 2 * size, -1), torch.float32
     elif kind == "minmax":
         shape, dtype = (*lead, -1, 2, size), pool.dtype

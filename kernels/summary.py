@@ -73,7 +73,7 @@ def build_summary(
             raise ValueError(f"thresholds is {came}: float32 [{heads}] on {device} is needed")
     if validate:
         contents.table(block_table, context_lens, kv.page_tokens, kv.n_pages)
-    data = _storage(kv, kind, batch, blocks, out)
+    data = _storage(kv, kind, batch, blocks, out, impl)
     if thresholds is None and out is not None:
         thresholds = out.scale
     first = max(0, first_block - 1) if kind == "submeans" else first_block
@@ -84,11 +84,14 @@ def build_summary(
     return BlockSummary(kind, data, kv.page_tokens, scale)
 
 
-def _storage(kv: KVPages, kind: str, batch: int, blocks: int, out: BlockSummary | None) -> Tensor:
+def _storage(
+    kv: KVPages, kind: str, batch: int, blocks: int, out: BlockSummary | None, impl: str | None
+) -> Tensor:
     """The data of `out` if it holds `blocks`, else zeros that do, with what `out` holds copied."""
     capacity = -(-blocks // _CAPACITY) * _CAPACITY
-    shape, axis, dtype = _layout(kv, kind, batch, capacity)
     device = kv.k.device
+    by_channel = device.type == "cpu" and impl != "triton" if out is None else out.data.dim() == 4
+    shape, axis, dtype = _layout(kv, kind, batch, capacity, by_channel)
     if out is None:
         return torch.zeros(shape, dtype=dtype, device=device)
     had = out.data
@@ -110,11 +113,13 @@ def _storage(kv: KVPages, kind: str, batch: int, blocks: int, out: BlockSummary 
     return grown
 
 
-def _layout(kv: KVPages, kind: str, batch: int, capacity: int) -> tuple[tuple[int, ...], int, torch.dtype]:
+def _layout(
+    kv: KVPages, kind: str, batch: int, capacity: int, by_channel: bool
+) -> tuple[tuple[int, ...], int, torch.dtype]:
     """Shape of the data, the axis that counts blocks, and the dtype; see `records.BlockSummary`."""
     lead, size = (batch, kv.n_kv_heads), kv.head_dim
     means = torch.bfloat16 if kv.quantised else kv.k.dtype
-    if kind == "minmax" and kv.k.device.type == "cpu":
+    if kind == "minmax" and by_channel:
         return (*lead, 2 * size, capacity), 3, torch.float32
     if kind == "minmax":
         return (*lead, capacity, 2, size), 2, torch.float32 if kv.quantised else means

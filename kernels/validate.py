@@ -61,6 +61,13 @@ def counts(name: str, values: Tensor, slots: int) -> None:
         raise IndexError(f"{name}{list(at)} is {int(values[at])}: 0 to {slots} is needed")
 
 
+def room(name: str, start: Tensor, added: int, tokens: int) -> None:
+    """Raise IndexError for the first sequence that `added` tokens from `start` on take beyond `tokens`."""
+    if bool((bad := start + added > tokens).any()):
+        (i,) = _first(bad)
+        raise IndexError(f"{name}[{i}] is {int(start[i])}: {added} more tokens, and room for {tokens}")
+
+
 def no_nan(name: str, values: Tensor) -> None:
     """Raise IndexError at the first NaN."""
     if bool((bad := values.isnan()).any()):

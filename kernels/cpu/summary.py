@@ -27,6 +27,8 @@ def build_summary(
         raise Uncovered(f"pages of {kv.page_tokens} tokens, {PACKED_TOKENS} are served")
     if kv.k.dtype == torch.float16:
         raise Uncovered("float16")
+    if kind == "minmax" and data.dim() == 5:
+        raise Uncovered("minmax in the layout of a GPU")
     if size % (32 if kv.format == "int4" else 16) or size > 256:
         raise Uncovered(f"head size {size} of {kv.format} pages: multiples of 16 (int4: 32) up to 256")
     pool = (kv.k, kv.v, kv.k_scale, kv.v_scale, kv.page_valid, kv.format, size)

@@ -53,7 +53,7 @@ def build_summary(
 ) -> Tensor | None:
     blocks = block_table.shape[1]
     if kind == "hadamard2" and thresholds is None:
-        thresholds = _thresholds(kv, block_table, context_lens, first_block)
+        thresholds = spread(kv, block_table, context_lens, first_block)
     for start in range(first_block, blocks, CHUNK):
         end = min(start + CHUNK, blocks)
         # one column more: sub-block means reach into the next block
@@ -69,7 +69,7 @@ def build_summary(
         if kind == "minmax":
             high = x.masked_fill(~live, float("-inf")).amax(3)
             low = x.masked_fill(~live, float("inf")).amin(3)
-            if data.device.type == "cpu":
+            if data.dim() == 4:
                 part, found = data[..., start:end], torch.cat([high, low], -1).transpose(2, 3)
                 _put(part, found, any_live.transpose(2, 3))
             else:
@@ -112,7 +112,7 @@ def _codes(x: Tensor, thresholds: Tensor) -> Tensor:
     return a | (b << 2) | (c << 4) | (d << 6)
 
 
-def _thresholds(kv: KVPages, table: Tensor, lens: Tensor, first: int) -> Tensor:
+def spread(kv: KVPages, table: Tensor, lens: Tensor, first: int) -> Tensor:
     """0.98 of the standard deviation of the rotated keys of each head, from sums over the keys as they are.
 
     A rotation keeps the sum of squares, and the rotated channels of a key x sum to sqrt(D) x[0].

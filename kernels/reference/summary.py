@@ -51,7 +51,7 @@ def build_summary(
             continue
         if kind == "minmax":
             high, low = k.amax(1), k.amin(1)
-            if data.device.type == "cpu":
+            if data.dim() == 4:
                 data[b, :, :, i] = torch.cat([high, low], 1)
             else:
                 data[b, :, i] = torch.stack([high, low], 1)

@@ -21,6 +21,8 @@ QUANTISED = 6e-3
 
 
 def covered(impl: str, case: drawn.Case) -> bool:
+    if impl == "triton":
+        return case.kv.format != "packed"
     tiles = case.kv.page_tokens == 64 and case.q.shape[3] % (32 if case.kv.format == "int4" else 16) == 0
     return (tiles and case.q.dtype != torch.float16) or not impl.startswith("cpp")
 
@@ -99,7 +101,8 @@ def test_masses_sum_to_the_weights_of_their_rows(impl: str, case: drawn.Case) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_long_context_and_many_rows(impl: str, dtype: torch.dtype) -> None:
     """Several chunks of blocks, several groups of rows, a maximum that grows and shrinks on the way."""
-    case = drawn.make(kv_heads=2, group=3, rows=11, lens=[64 * 70 + 5], dtype=dtype, format="packed", seed=8)
+    format = "paged" if impl == "triton" else "packed"
+    case = drawn.make(kv_heads=2, group=3, rows=11, lens=[64 * 70 + 5], dtype=dtype, format=format, seed=8)
     case.q[:, :, 3] *= 20
     want = attention_mass(case.q, case.kv, case.table, case.lens, impl="reference")
     got = attention_mass(case.q, case.kv, case.table, case.lens, impl=impl)
@@ -148,7 +151,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "torch"])
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name.startswith("cpp")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_results(
     impl: str, dtype: torch.dtype, two_threads: None, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +208,8 @@ def test_bad_arguments_are_named() -> None:
         span_sums(torch.zeros(1, 4), torch.zeros(1, 3, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# On a GPU only `validate` looks at contents.
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "triton"])
 def test_bad_contents_raise(impl: str) -> None:
     case = drawn.make(lens=[100])
     wrong = case.table.clone()

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from agentctx.kernels.errors import KernelUnavailable
 from agentctx.kernels.quant import quantize_pages
 from agentctx.kernels.records import BlockSummary, KVPages
 from agentctx.kernels.store import copy_pages, pack_pages, unpack_pages, write_kv
 
 IMPLEMENTATIONS = drawn.implementations("write_kv")
+PACKING = [name for name in IMPLEMENTATIONS if name != "triton"]  # packed pages are the CPU's
 
 
 def summaries(kv: KVPages, batch: int, blocks: int) -> list[BlockSummary]:
@@ -59,6 +61,11 @@ def test_a_write_agrees_with_the_layouts_as_defined(impl, write):
     got, want = copied(case.kv), copied(case.kv)
     of = summaries(got, len(start), case.table.shape[1])[:asked]
     reference = [replace(one, data=one.data.clone()) for one in of]
+    if impl == "triton" and got.format == "packed":
+        if k.numel():
+            with pytest.raises(KernelUnavailable, match="packed"):
+                write_kv(got, k, v, case.table, start, impl=impl)
+        return
     write_kv(got, k, v, case.table, start, summary=of, impl=impl)
     write_kv(want, k, v, case.table, start, summary=reference, impl="reference")
     assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
@@ -77,6 +84,8 @@ def test_a_write_agrees_with_the_layouts_as_defined(impl, write):
 @pytest.mark.parametrize("format", ["paged", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_by_token_is_all_at_once(impl, format, dtype):
+    if impl == "triton" and format == "packed":
+        pytest.skip("packed pages are the CPU's")
     case = drawn.make(batch=2, kv_heads=3, size=80, lens=[130, 130], dtype=dtype, format=format)
     k, v = case.k[:, :, :130], case.v[:, :, :130]
     once, slowly = (KVPages.empty(11, 3, 80, dtype=dtype, format=format) for _ in range(2))
@@ -127,8 +136,9 @@ def test_what_does_not_exist_is_refused_before_anything_is_written(impl, start, 
     of = summaries(kv, 1, 2)
     rows = torch.ones(1, 2, 8, 32, dtype=torch.bfloat16)
     table, at = torch.tensor([pages], dtype=torch.int32), torch.tensor([start], dtype=torch.int32)
-    with pytest.raises(IndexError, match=named):
-        write_kv(kv, rows, rows, table, at, summary=of, impl=impl)
+    if impl != "triton":  # which looks at positions and pages with `validate` only
+        with pytest.raises(IndexError, match=named):
+            write_kv(kv, rows, rows, table, at, summary=of, impl=impl)
     with pytest.raises(IndexError):
         write_kv(kv, rows, rows, table, at, summary=of, impl=impl, validate=True)
     assert not bool(kv.k.any()) and not bool(kv.v.any())
@@ -141,8 +151,9 @@ def test_a_summary_without_room_is_refused(impl):
     rows = torch.ones(1, 1, 1, 32, dtype=torch.bfloat16)
     table, at = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
     for one in summaries(kv, 1, 1):
-        with pytest.raises(IndexError, match="start_pos"):
-            write_kv(kv, rows, rows, table, at, summary=one, impl=impl)
+        for validate in (True,) if impl == "triton" else (False, True):
+            with pytest.raises(IndexError, match="start_pos"):
+                write_kv(kv, rows, rows, table, at, summary=one, impl=impl, validate=validate)
     assert not bool(kv.k.any())
 
 
@@ -154,7 +165,7 @@ def test_half_precision_pages_are_written_by_torch():
     assert torch.equal(kv.k[1, 0].sum(1).nonzero()[:, 0], torch.tensor([3]))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", PACKING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 50, 64, 80, 256])
 def test_packing_is_a_permutation_of_bits(impl, dtype, size):
@@ -174,8 +185,8 @@ def test_packing_is_a_permutation_of_bits(impl, dtype, size):
 def test_pages_by_strides_are_served(impl):
     k, v = (torch.randn(2, 192, 64, generator=torch.Generator().manual_seed(i)) for i in range(2))
     kv = KVPages.over(k.clone(), v.clone())
-    packed = pack_pages(kv, impl=impl)
-    assert torch.equal(packed.k, pack_pages(kv, impl="reference").k)
+    if impl in PACKING:
+        assert torch.equal(pack_pages(kv, impl=impl).k, pack_pages(kv, impl="reference").k)
     rows = torch.zeros(1, 2, 3, 64)
     table, at = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([63], dtype=torch.int32)
     write_kv(kv, rows, rows, table, at, impl=impl)

@@ -23,10 +23,19 @@ FORMATS = ("paged", "packed", "int8", "int4")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
-def covered(impl: str, kv: KVPages) -> bool:
+def covered(impl: str, kv: KVPages, kind: str = "mean") -> bool:
+    """Whether `impl` serves the pool, by its own documentation."""
+    if impl == "triton":
+        most = 128 if kind == "hadamard2" and kv.k.dtype != torch.bfloat16 else 256
+        return kv.format != "packed" and kv.head_dim <= most
     multiple = 32 if kv.format == "int4" else 16
     served = kv.page_tokens == 64 and kv.k.dtype != torch.float16 and kv.head_dim % multiple == 0
     return served or not impl.startswith("cpp")
+
+
+def by_channel(data: Tensor) -> Tensor:
+    """Extremes in the layout of the CPU, whatever their own; other kinds as they are."""
+    return data.permute(0, 1, 3, 4, 2).flatten(2, 3).float() if data.dim() == 5 else data
 
 
 def keys(case: drawn.Case) -> Tensor:
@@ -62,15 +71,16 @@ def test_agrees_with_the_reference(impl: str, kind: str, case: drawn.Case, first
         with pytest.raises(ValueError, match="power of two"):
             build_summary(case.kv, case.table, case.lens, kind)
         return
-    if not covered(impl, case.kv):
+    if not covered(impl, case.kv, kind):
         with pytest.raises(KernelUnavailable):
             build_summary(case.kv, case.table, case.lens, kind, impl=impl)
         return
     ask = (case.kv, case.table, case.lens, kind)
     want = build_summary(*ask, first_block=first, impl="reference", validate=True)
     got = build_summary(*ask, first_block=first, impl=impl, validate=True)
-    assert got.data.dtype == want.data.dtype and got.data.shape == want.data.shape
     assert got.data.is_contiguous() and got.page_tokens == case.kv.page_tokens
+    found = by_channel(got.data)
+    assert found.dtype == want.data.dtype and found.shape == want.data.shape
     if kind == "hadamard2":
         assert got.scale is not None and want.scale is not None
         torch.testing.assert_close(got.scale, want.scale, rtol=1e-5, atol=1e-12)
@@ -79,9 +89,9 @@ def test_agrees_with_the_reference(impl: str, kind: str, case: drawn.Case, first
         assert got.scale is want.scale
         assert_codes(got.data, again.data, case, want.scale)
     elif kind == "minmax":
-        assert torch.equal(got.data, want.data)
+        assert torch.equal(found, want.data)
     else:
-        assert drawn.relative(got.data, want.data) <= TOLERANCE[want.data.dtype]
+        assert drawn.relative(found, want.data) <= TOLERANCE[want.data.dtype]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -92,7 +102,7 @@ def test_growing_equals_building_at_once(
     impl: str, kind: str, case: drawn.Case, steps: st.DataObject
 ) -> None:
     """A summary that grew with its context is bit for bit the one of the whole context."""
-    if not covered(impl, case.kv):
+    if not covered(impl, case.kv, kind):
         return
     thresholds = torch.full((case.kv.n_kv_heads,), 0.9) if kind == "hadamard2" else None
     whole = build_summary(case.kv, case.table, case.lens, kind, thresholds=thresholds, impl=impl)
@@ -109,7 +119,9 @@ def test_growing_equals_building_at_once(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extremes_bound_every_key(impl: str, format: str, dtype: torch.dtype) -> None:
     case = drawn.make(batch=2, kv_heads=2, lens=[130, 64], dtype=dtype, format=format, seed=3)
-    found = build_summary(case.kv, case.table, case.lens, "minmax", impl=impl).data
+    if not covered(impl, case.kv):
+        pytest.skip("packed pages are the CPU's")
+    found = by_channel(build_summary(case.kv, case.table, case.lens, "minmax", impl=impl).data)
     for b, length in enumerate(case.lens.tolist()):
         for i in range(-(-length // 64)):
             k = keys(case)[b, i, :, : length - 64 * i]  # [Hkv, n, D]
@@ -140,7 +152,7 @@ def test_marked_pages_hold_what_they_say(impl: str, kind: str) -> None:
     thresholds = torch.tensor([0.5, 1.0]) if kind == "hadamard2" else None
     want = build_summary(*ask, thresholds=thresholds, impl="reference").data
     got = build_summary(*ask, thresholds=thresholds, impl=impl).data
-    assert drawn.relative(got, want) <= 1e-5
+    assert drawn.relative(by_channel(got), want) <= 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -152,10 +164,8 @@ def test_strided_pools_and_tables(impl: str) -> None:
     for kind in KINDS:
         thresholds = torch.ones(3) if kind == "hadamard2" else None
         want = build_summary(kv, table, lens, kind, thresholds=thresholds, impl="reference").data
-        assert (
-            drawn.relative(build_summary(kv, table, lens, kind, thresholds=thresholds, impl=impl).data, want)
-            < 1e-5
-        )
+        got = build_summary(kv, table, lens, kind, thresholds=thresholds, impl=impl).data
+        assert drawn.relative(by_channel(got), want) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +198,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_do_not_change_results(
     impl: str, kind: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
@@ -235,8 +245,8 @@ def test_bad_contents_raise(impl: str, kind: str) -> None:
     case = drawn.make(lens=[100], size=64)
     wrong = case.table.clone()
     wrong[0, 1] = 999
-    with pytest.raises(IndexError):
-        build_summary(case.kv, wrong, case.lens, kind, impl=impl)
+    with pytest.raises(IndexError):  # a GPU is asked with `validate` only: the kernel would read the page
+        build_summary(case.kv, wrong, case.lens, kind, impl=impl, validate=impl == "triton")
     for lens in (torch.tensor([1000], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)):
         with pytest.raises(IndexError, match="context_lens"):
             build_summary(case.kv, case.table, lens, kind, impl=impl, validate=True)

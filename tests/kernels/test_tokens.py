@@ -60,8 +60,8 @@ def test_tokens_agree(impl: str, data: Any) -> None:
         with drawn.poisoned():
             got = token_decode(*call, impl=impl, out_dtype=out_dtype, validate=True, **options)
     except KernelUnavailable:
-        assert impl.startswith("cpp")
-        assert case.kv.quantised or case.q.dtype == torch.float16 or case.q.shape[3] % 16
+        assert impl.startswith("cpp") or impl == "triton"
+        assert case.kv.format != "paged" or case.q.dtype == torch.float16 or case.q.shape[3] % 16
         return
     assert got.out.dtype == (out_dtype or case.q.dtype)
     want = token_decode(*call, impl="reference", out_dtype=torch.float32, **options)
@@ -117,7 +117,7 @@ def test_pseudo_keys_agree(impl: str, data: Any) -> None:
         with drawn.poisoned():
             got = pseudo_attention(*given, impl=impl, **options)
     except KernelUnavailable:
-        assert impl.startswith("cpp") and (dtype == torch.float16 or size % 16)
+        assert size % 16 or (dtype == torch.float16 and impl.startswith("cpp"))
         return
     want = pseudo_attention(*given, impl="reference", out_dtype=torch.float32, **options)
     drawn.assert_close(got, want, dtype)
@@ -127,6 +127,8 @@ def test_pseudo_keys_agree(impl: str, data: Any) -> None:
 @pytest.mark.parametrize("format", ("paged", "packed"))
 def test_all_tokens_in_any_order_are_dense(impl: str, format: str) -> None:
     """Also of lists that are cut into several parts."""
+    if impl == "triton" and format == "packed":
+        pytest.skip("packed pages belong to the CPU")
     case = drawn.make(lens=[2500, 1024, 1], batch=3, kv_heads=2, group=3, format=format)
     got = token_decode(case.q, case.kv, *listed(case, 2500, all=True), impl=impl)
     drawn.assert_close(
@@ -204,6 +206,8 @@ def test_calls_from_several_threads(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", *drawn.implementations("token_decode")])
 @pytest.mark.parametrize("token", (-1, 10**6, 2**31 - 1))
 def test_a_token_outside_the_pool_is_an_index_error(impl: str, token: int) -> None:
+    if impl == "triton":
+        pytest.skip("a GPU does not check without validate")
     case = drawn.make(lens=[130], kv_heads=2)
     tokens, counts = listed(case, 40, all=True)
     tokens[0, 1, 39] = token
