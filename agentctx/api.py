@@ -303,8 +303,10 @@ class Context:
         if cache.warning:
             run.warn("cache_damaged", cache.warning)
         run.ledger.replay(past)
+        # With its start, because a database may be shared, and an id may be used again once a run is removed.
+        thread = f"{run_id}:{manifest['attempt']}:{manifest['started']}"
         try:
-            answer = await execute(run, strategy, self.corpus, folder, f"{run_id}:{manifest['attempt']}")
+            answer = await execute(run, strategy, self.corpus, folder, thread)
             status = {"status": answer.status, "answer": ANSWER.dump_python(answer, mode="json")}
             return outcome(run, answer)
         except AgentctxError as error:
