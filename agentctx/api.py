@@ -77,6 +77,7 @@ class Context:
         ephemeral: bool = False,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
+        concurrency: int | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Read the sources and open the model.
@@ -89,7 +90,7 @@ class Context:
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
         `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
         is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
-        free).
+        free). `concurrency`: calls in flight at an endpoint (None: 8).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model
@@ -107,6 +108,7 @@ class Context:
                 "linears": linears,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
+                "concurrency": concurrency,
             }
             model = open_model(**options, paths=paths, offline=offline, progress=progress)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
     kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
     memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
+    concurrency: AtLeastOne | None = None  # calls in flight at an endpoint
     attention: str = "auto"
     exact: bool = False  # a sparse attention only drafts; answers are those of dense attention
     linears: Linears = "auto"
