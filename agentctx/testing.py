@@ -173,7 +173,9 @@ class ReplayChat(BaseChatModel):
         role, key = messages[-1].additional_kwargs.get(CALL, ("unknown", ""))
         left = self.outcomes.get(key, [])
         if self.live and (role in self.live_roles or not left):
-            return ChatResult(generations=[ChatGeneration(message=self.live.invoke(messages, stop, **kwargs))])
+            return ChatResult(
+                generations=[ChatGeneration(message=self.live.invoke(messages, stop=stop, **kwargs))]
+            )
         if not left:
             raise ConfigError(
                 f"the replayed run made no such call of role {role}, key {key}",

@@ -86,7 +86,16 @@ def test_a_run_killed_under_postgres_is_resumed_from_it(postgres, tmp_path):
     home = {"AGENTCTX_HOME": str(tmp_path / "home"), "AGENTCTX_API_KEY": "none", VARIABLE: postgres}
     command = [sys.executable, "-m", "agentctx"]
     with ScriptedEndpoint(finding(FACT), delay=0.05) as endpoint:
-        model = ["--model", "openai:scripted", "--base-url", endpoint.url, "--window", "2000", "--run-id", "k"]
+        model = [
+            "--model",
+            "openai:scripted",
+            "--base-url",
+            endpoint.url,
+            "--window",
+            "2000",
+            "--run-id",
+            "k",
+        ]
         ask = [*command, "ask", QUESTION, str(path), "--json", "--strategy", "map_reduce", *model]
         process = subprocess.Popen(ask, env={**os.environ, **home}, stdout=subprocess.PIPE)
         while len(endpoint.finished) < 6:

@@ -53,7 +53,9 @@ class Case:
         document = Document.of("one two three")
         task = Task(QUESTION, self.kind, labels=LABELS)
         profile = ModelProfile("m", "scripted", "f", WINDOW, tiers=WEAK)
-        return strategy(self.strategy).needs(Scope(task, {document.id: document}, profile, WordCounter(), "t"))
+        return strategy(self.strategy).needs(
+            Scope(task, {document.id: document}, profile, WordCounter(), "t")
+        )
 
     def tiers(self):
         """Kinds of models that are good enough for it."""
@@ -63,9 +65,7 @@ class Case:
 CASES = [Case(name, kind) for name in STRATEGIES for kind in strategy(name).kinds]
 # One of each strategy, and one of each kind of task, where a run is costly.
 EACH = [
-    case
-    for case in CASES
-    if case.kind == strategy(case.strategy).kinds[0] or case.strategy == "map_reduce"
+    case for case in CASES if case.kind == strategy(case.strategy).kinds[0] or case.strategy == "map_reduce"
 ]
 
 

@@ -18,7 +18,7 @@ TEXTS = st.text(min_size=1, max_size=3000).filter(str.strip) | st.integers(3, 30
 
 
 def garbage(seed):
-    """A model that sometimes answers well and sometimes anything else, and claims to have written its most."""
+    """A model that sometimes answers well and sometimes anything else, and claims its maximum."""
     rng = random.Random(seed)
     good = finding(FACT)
 

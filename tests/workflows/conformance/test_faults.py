@@ -1,4 +1,4 @@
-"""Every fault at every call: a run ends in an Answer or in an error of ours, within its plan, never in a bug."""
+"""Every fault at every call: a run ends in an Answer or in an error of ours, never in a bug."""
 
 import json
 
@@ -24,7 +24,7 @@ FAULTS = {
     "malformed": lambda messages: "Sure! {not json",
     "refusal": lambda messages: ModelError("I cannot help with that", code="refused"),
     "wrong schema": lambda messages: {"unexpected": [1, {"a": None}]},
-    "wrong types": lambda messages: {key: 7 for key in json.loads(_form(messages))},
+    "wrong types": lambda messages: dict.fromkeys(json.loads(_form(messages)), 7),
     "empty": lambda messages: "",
     "truncated": _truncated,
     "overflow": lambda messages: ModelError("too long", code="overflow"),

@@ -25,7 +25,9 @@ from agentctx.testing_endpoint import ScriptedEndpoint
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_run", "agentctx.models.endpoint", "langgraph.checkpoint.sqlite.aio"])
+    context.set_forkserver_preload(
+        ["killed_run", "agentctx.models.endpoint", "langgraph.checkpoint.sqlite.aio"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         # Python 3.11 does not give the server the path of this process.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -49,7 +51,7 @@ def _window(case, url, folder):
 
 
 def _places(events):
-    """Before anything, and at the end of each node's last visit: all its work is done, none is checkpointed."""
+    """Before anything, and at the end of each node's last visit: its work is done, not checkpointed."""
     visits = Counter(event["node"] for event in events if event["event"] == "node.end")
     return [("run.start", "", 1), *(("node.end", node, last) for node, last in visits.items())]
 

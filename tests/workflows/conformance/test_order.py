@@ -1,4 +1,4 @@
-"""K11–K14 of the conformance suite: injected orders, a stop at any moment, completion order, the event loop."""
+"""K11–K14 of the conformance suite: injection, a stop at any moment, order, the event loop."""
 
 import asyncio
 import random
@@ -122,7 +122,9 @@ def _stopped(case, after, twice, whole, paths):
     again = case.run(ctx)
     assert (again.text, again.status, again.citations) == (whole.text, "complete", whole.citations)
     prompts = len(set(chat.prompts))
-    assert len(chat.prompts) - prompts <= (ctx.model.profile.concurrency if twice else 0), "a call was repeated"
+    assert len(chat.prompts) - prompts <= (ctx.model.profile.concurrency if twice else 0), (
+        "a call was repeated"
+    )
 
 
 class Shuffled(ScriptedChat):
