@@ -30,7 +30,10 @@ from typing import Any
 QUESTION = "What is the code of Zed?"
 DELAY = 0.05  # seconds that the endpoint takes for a call
 CONCURRENCY = 64
-LINE = "Line {n} of the log says that the {n}th boat came in and that nothing else was seen on this day.\n\n"
+LINE = (
+    "Line {n} of the log says that the {n}th boat came in "
+    "and that nothing else was seen on this day at all.\n\n"
+)
 FACT = "The code of Zed is K77, as was said at noon by the keeper of the light on the rock in the bay.\n\n"
 
 

@@ -102,7 +102,7 @@ def startup() -> list[str]:
 def planned() -> list[str]:
     result = load("planned")
     lines = [
-        "| calls for a question over | reads planned | calls planned | made, fact found | made, never grounded |",
+        "| calls for a question over | reads planned | calls planned | made, found | made, ungrounded |",
         "| --- | --- | --- | --- | --- |",
     ]
     sizes = sorted({row["characters"] for row in result["results"]})

@@ -73,9 +73,9 @@ def open_model(
     method only drafts answers, which are those of dense attention. `linears` chooses the
     weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
     that is known to cost little. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps
-    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free; `concurrency` the calls
-    in flight at an endpoint. ConfigError for an unknown name or a contradiction, ModelError for what cannot be
-    loaded.
+    nothing; `memory_bytes` its weights and KV in memory, None takes 60 % of what is free; `concurrency` the
+    calls in flight at an endpoint. ConfigError for an unknown name or a contradiction, ModelError for what
+    cannot be loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
