@@ -79,6 +79,7 @@ class Context:
         ephemeral: bool = False,
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
+        concurrency: int | None = None,
         progress: Progress | None = None,
     ) -> Context:
         """Read the sources and open the model.
@@ -92,7 +93,7 @@ class Context:
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
         `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
         is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
-        free).
+        free). `concurrency`: calls in flight at an endpoint (None: 8).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.models.load import open_model
@@ -111,6 +112,7 @@ class Context:
                 "kv_dtype": kv_dtype,
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
+                "concurrency": concurrency,
             }
             model = open_model(**options, paths=paths, offline=offline, progress=progress)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
@@ -307,8 +309,10 @@ class Context:
         if cache.warning:
             run.warn("cache_damaged", cache.warning)
         run.ledger.replay(past)
+        # With its start, because a database may be shared, and an id may be used again once a run is removed.
+        thread = f"{run_id}:{manifest['attempt']}:{manifest['started']}"
         try:
-            answer = await execute(run, strategy, self.corpus, folder, f"{run_id}:{manifest['attempt']}")
+            answer = await execute(run, strategy, self.corpus, folder, thread)
             status = {"status": answer.status, "answer": ANSWER.dump_python(answer, mode="json")}
             return outcome(run, answer)
         except AgentctxError as error:

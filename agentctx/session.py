@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
+from agentctx.checkpoints import open_saver
 from agentctx.memory.documents import Corpus
 from agentctx.memory.errors import BudgetExceeded, ModelError
 from agentctx.memory.types import Answer, Notice
@@ -35,7 +32,7 @@ async def execute(
     if run.scope.profile.reliable is None:
         run.warn("window_uncalibrated", f"how much {run.scope.profile.name} reads reliably is not known")
     run.trace.emit("run.start", task=run.scope.task.kind, strategy=strategy.name)
-    async with _saver(folder) as saver:
+    async with open_saver(folder) as saver:
         answer = await _answer(run, strategy, saver, thread)
     covered = replace(answer.coverage, skipped=corpus.skipped, attention=run.left_out)
     answer = replace(answer, coverage=covered)
@@ -91,16 +88,3 @@ async def _answer(
         for pending in (main, cancelled):
             pending.cancel()
         await asyncio.gather(main, cancelled, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def _saver(folder: Path | None) -> AsyncIterator[BaseCheckpointSaver[Any]]:
-    """SQLite beside the run's trace, or memory for a run that leaves nothing behind."""
-    # Strict: a checkpoint may hold plain JSON only, so loading one can build no object of a foreign class.
-    serde = JsonPlusSerializer(allowed_msgpack_modules=None)
-    if folder is None:
-        yield InMemorySaver(serde=serde)
-        return
-    async with AsyncSqliteSaver.from_conn_string(str(folder / "checkpoints.db")) as saver:
-        saver.serde = serde
-        yield saver

@@ -28,6 +28,7 @@ from agentctx.models.table import TABLE, Linears
 from agentctx.paths import KV_BYTES, Paths
 
 PREFIX = "AGENTCTX_"
+SECRETS = ("api_key", "checkpoints")
 NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -41,10 +42,12 @@ class Settings(BaseSettings):
     model: str = Field("smollm2", min_length=1)
     base_url: str | None = None
     api_key: SecretStr | None = None
+    checkpoints: SecretStr | None = None  # the address of a Postgres; None: SQLite beside each run
     strategy: str = "auto"
     window: Annotated[int, Field(ge=256)] | None = None  # tokens
     kv_bytes: Annotated[int, Field(ge=0)] = KV_BYTES  # of disk, for what local models have read; 0: nothing
     memory_bytes: AtLeastOne | None = None  # of memory, for a local model and what it reads
+    concurrency: AtLeastOne | None = None  # calls in flight at an endpoint
     attention: str = "auto"
     exact: bool = False  # a sparse attention only drafts; answers are those of dense attention
     linears: Linears = "auto"
@@ -91,9 +94,10 @@ class Settings(BaseSettings):
         return self._origins.get(name, "default")
 
     def export_key(self) -> None:
-        """Put a key from a file where the endpoint's client looks for it, so that no argument carries it."""
-        if self.api_key:
-            os.environ[PREFIX + "API_KEY"] = self.api_key.get_secret_value()
+        """Put secrets from a file where they are looked for, so that no argument carries them."""
+        for name in SECRETS:
+            if value := getattr(self, name):
+                os.environ[PREFIX + name.upper()] = value.get_secret_value()
 
     def budget(self) -> Budget:
         """The limits as a run takes them."""
@@ -164,17 +168,18 @@ def _known(key: str, where: str) -> None:
 
 
 def _private(layer: _Layer) -> _Layer:
-    """A user's file may hold a key, if nobody else can read it."""
-    if "api_key" in layer.values and Path(layer.name).stat().st_mode & 0o077:
+    """A user's file may hold a secret, if nobody else can read it."""
+    secret = next((name for name in SECRETS if name in layer.values), None)
+    if secret and Path(layer.name).stat().st_mode & 0o077:
         raise ConfigError(
-            f"{layer.name} holds api_key and can be read by other users", hint=f"chmod 600 {layer.name}"
+            f"{layer.name} holds {secret} and can be read by other users", hint=f"chmod 600 {layer.name}"
         )
     return layer
 
 
 def _harmless(layer: _Layer) -> _Layer:
     """A project's file may neither send text away nor loosen what the user tightened."""
-    refused = {"base_url", "api_key"} & layer.values.keys()
+    refused = {"base_url", *SECRETS} & layer.values.keys()
     refused |= {key for key in ("offline", "ephemeral") if layer.values.get(key) is False}
     model = layer.values.get("model", "smollm2")
     folder = Path(layer.name).parent / Path(str(model)).expanduser()
@@ -182,7 +187,7 @@ def _harmless(layer: _Layer) -> _Layer:
         refused.add("model")
     if refused:
         key = min(refused)
-        said = "" if key == "api_key" else f" to {layer.values[key]!r}"
+        said = "" if key in SECRETS else f" to {layer.values[key]!r}"
         raise ConfigError(
             f"{layer.name} sets {key}{said}, which a project's file may not",
             hint=f"if you trust it, pass --{key.replace('_', '-')} or set it in your own config.toml",
@@ -193,5 +198,5 @@ def _harmless(layer: _Layer) -> _Layer:
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     first = error.errors(include_url=False, include_context=False)[0]
     key = str(first["loc"][0])
-    said = "" if key == "api_key" else f" is {first['input']!r}"
+    said = "" if key in SECRETS else f" is {first['input']!r}"
     return ConfigError(f"{key}{said} ({origins.get(key, 'default')}): {first['msg']}", hint=f"correct {key}")

@@ -1,4 +1,5 @@
-"""Public test doubles: a scripted chat model, one that fails on purpose, a Reader, a counter.
+"""Public test doubles: a scripted chat model, one that fails on purpose, one that replays a run, a Reader,
+a counter.
 
 They let a workflow be tested without weights: every call is recorded, usage is exact.
 """
@@ -9,8 +10,8 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -18,9 +19,12 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import Field, PrivateAttr
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.models.load import Model
-from agentctx.workflows.ports import Counter, Reader, Scores
+from agentctx.paths import Paths
+from agentctx.runs import Runs
+from agentctx.workflows.cache import LeafCache
+from agentctx.workflows.ports import CALL, Counter, Reader, Scores
 from agentctx.workflows.profile import ModelProfile, Tier
 from agentctx.workflows.roles import Claim
 
@@ -120,6 +124,70 @@ class FaultyChat(ScriptedChat):
         return super()._generate(messages, stop, run_manager, **kwargs)
 
 
+class ReplayChat(BaseChatModel):
+    """Answers as the calls of a run were answered, by call and ordinal: no model is needed.
+
+    A call that the run did not make is an error that names it, or, with `live`, goes to that model; so do all
+    calls of `live_roles`. A call's key depends on the model's fingerprint, so replay under the run's profile.
+    """
+
+    outcomes: dict[str, list[dict[str, Any]]]  # of each call, in order; consumed
+    live: BaseChatModel | None = None
+    live_roles: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        run_id: str,
+        *,
+        paths: Paths | None = None,
+        live: BaseChatModel | None = None,
+        live_roles: Iterable[str] = (),
+    ) -> Self:
+        """What the calls of that run gave, failures included. InputError for an unknown run."""
+        paths = paths or Paths.default()
+        outcomes: dict[str, list[dict[str, Any]]] = {}
+        store = LeafCache(paths.calls)
+        try:
+            for event in Runs(paths.runs).trace(run_id):
+                if event["event"] == "call.end":
+                    data = event["data"]
+                    kept = store.get(data["reply"]) if "reply" in data else {"error": data.get("error")}
+                    if kept is not None:
+                        outcomes.setdefault(data["key"], []).append(kept)
+        finally:
+            store.close()
+        return cls(outcomes=outcomes, live=live, live_roles=frozenset(live_roles))
+
+    @property
+    def _llm_type(self) -> str:
+        return "replay"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        role, key = messages[-1].additional_kwargs.get(CALL, ("unknown", ""))
+        left = self.outcomes.get(key, [])
+        if self.live and (role in self.live_roles or not left):
+            return ChatResult(
+                generations=[ChatGeneration(message=self.live.invoke(messages, stop=stop, **kwargs))]
+            )
+        if not left:
+            raise ConfigError(
+                f"the replayed run made no such call of role {role}, key {key}",
+                hint="replay the same task over the same documents, model and parameters",
+            )
+        kept = left.pop(0)
+        if "error" in kept:
+            code, message = kept["error"] or ("unavailable", "the call was cancelled")
+            raise ModelError(message, code=code)
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(**kept))])
+
+
 class ScriptedReader:
     """A Reader that scores by a function of (question, text). Counts every look."""
 
@@ -192,6 +260,15 @@ def finding(pattern: str) -> Reply:
             return {"queries": [], "give_up": not claims}
         if '"add"' in system:
             return {"add": claims, "complete": bool(claims)}
+        if '"items"' in system:
+            items = [{"key": c["text"], "value": "stated", "quotes": c["quotes"]} for c in claims]
+            return {"items": items, "no_information": not items}
+        if '"label"' in system:
+            label = str(messages[-1].text).rpartition("Labels: ")[2].split(";")[0].strip()
+            quotes = [match[0] for match in matches][:4]
+            return {"label": label, "quotes": quotes, "confidence": 5, "no_information": not quotes}
+        if '"holds"' in system:
+            return {"holds": True, "reason": "both are stated"}
         if '"points"' in system:
             return {"points": claims, "no_information": not claims}
         if '"claims"' in system:

@@ -27,6 +27,8 @@ class ScriptedEndpoint:
     def __init__(self, reply: Reply, *, delay: float = 0.0) -> None:
         self.finished: list[str] = []
         self.started = 0
+        self.ended = 0  # answered, or given up because the client was gone
+        counting = threading.Lock()
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,9 +36,14 @@ class ScriptedEndpoint:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                endpoint.started += 1
-                time.sleep(delay)
-                endpoint._answer(self, body, reply)
+                with counting:
+                    endpoint.started += 1
+                try:
+                    time.sleep(delay)
+                    endpoint._answer(self, body, reply)
+                finally:
+                    with counting:
+                        endpoint.ended += 1
 
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
@@ -86,6 +93,7 @@ class ScriptedEndpoint:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 1024  # many connections may come at once
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that was killed is what these servers are for; nothing to print."""

@@ -23,6 +23,7 @@ COMMANDS = {
     "finding": "python benchmarks/finding.py DATA",
     "answering": "python benchmarks/answering.py DATA",
     "startup": "python benchmarks/startup.py DOCUMENT",
+    "planned": "python benchmarks/planned.py",
 }
 SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
 
@@ -98,6 +99,26 @@ def startup() -> list[str]:
     ]
 
 
+def planned() -> list[str]:
+    result = load("planned")
+    lines = [
+        "| calls for a question over | reads planned | calls planned | made, found | made, ungrounded |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    sizes = sorted({row["characters"] for row in result["results"]})
+    for size in sizes:
+        found, never = (row for row in result["results"] if row["characters"] == size)
+        cells = (found["reads_planned"], found["calls_planned"], found["calls_made"], never["calls_made"])
+        lines.append(f"| {size:,} characters | {' | '.join(map(str, cells))} |")
+    other = result["other"]
+    return [
+        *lines,
+        "",
+        f"{other['name']}, announces {other['leaves_announced']} leaves for either and makes "
+        f"{other['calls_made']} calls (scripted clients, both).",
+    ]
+
+
 def attention() -> str:
     grid = load("grid")
     cells = [cell for cell in grid["cells"] if "score" in cell]
@@ -132,8 +153,9 @@ def quality(cell: Any) -> str:
 
 def figures() -> str:
     parts = []
-    for name, lines in (("finding", finding()), ("answering", answering()), ("startup", startup())):
-        parts.append("\n".join([*lines, "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
+    tables = {"finding": finding, "answering": answering, "startup": startup, "planned": planned}
+    for name, table in tables.items():
+        parts.append("\n".join([*table(), "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from agentctx.memory.types import Failure
 from agentctx.workflows.cache import call_key
-from agentctx.workflows.ports import SOURCES
+from agentctx.workflows.ports import CALL, SOURCES
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.send import Attempt, attempt_call
@@ -83,9 +83,9 @@ async def _attempts(
                 f"the model accepts {context:,}",
             )
         number += 1
-        result = await attempt_call(
-            run, role, messages, Attempt(number, tokens, finishing, stream, may_retry=number <= MAX_RETRIES)
-        )
+        messages[-1].additional_kwargs[CALL] = [role.name, key]
+        attempt = Attempt(number, key, tokens, finishing, stream, may_retry=number <= MAX_RETRIES)
+        result = await attempt_call(run, role, messages, attempt)
         if isinstance(result, Failure):
             if result.retryable and number <= MAX_RETRIES and run.take_retry():
                 continue

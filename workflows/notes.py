@@ -45,15 +45,22 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
     for number in sorted(map(int, reads)):
         data = records[reads[str(number)]]
         spans = [made.chunks[i].span for i in made.reads[number].chunks]
-        claims = data.get("facts", data.get("points"))
-        if claims is None:
-            claims = _claims_of_text(run.scope, data["text"], spans)
-        for claim in claims:
+        for claim in _claims_in(run.scope, data, spans):
             places = verified(run, claim["quotes"], spans)
             if places:
                 confidence = data.get("confidence", claim.get("confidence", 0))
                 notes.append(Note(number, claim["text"], places, confidence))
     return notes
+
+
+def _claims_in(scope: Scope, data: Mapping[str, Any], spans: Sequence[Span]) -> Sequence[Mapping[str, Any]]:
+    """The statements of a read with the quotes given for them, whatever the read was for."""
+    if "items" in data:
+        return [{"text": f"{item['key']}: {item['value']}", **item} for item in data["items"]]
+    if "label" in data:
+        return [{"text": data["label"], **data}]
+    claims: Sequence[Mapping[str, Any]] | None = data.get("facts", data.get("points"))
+    return _claims_of_text(scope, data["text"], spans) if claims is None else claims
 
 
 def best_first(notes: Sequence[Note]) -> list[Note]:

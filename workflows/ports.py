@@ -11,6 +11,7 @@ from typing import Protocol
 
 from langchain_core.messages import BaseMessage
 
+CALL = "agentctx_call"  # in a message's additional_kwargs: the role and the key of the call that sends it
 SOURCES = "agentctx_sources"  # in a message's additional_kwargs: names of the documents whose text it holds
 
 

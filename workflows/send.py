@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import message_chunk_to_message
 
 from agentctx.memory.errors import ModelError
 from agentctx.memory.types import Cost, Failure, FailureKind, LeftOut
+from agentctx.workflows.cache import call_key
 from agentctx.workflows.roles import Role
 from agentctx.workflows.run import RunContext
 
@@ -33,6 +35,7 @@ class Attempt:
     """What an attempt needs to know besides its messages."""
 
     number: int
+    key: str  # of the call
     tokens: int  # of the finished prompt
     finishing: bool
     stream: bool
@@ -53,7 +56,8 @@ async def attempt_call(
             run.stopped_because = run.stopped_because or "budget"
             return Failure("budget", f"the budget has no room for one more call of role {role.name}")
         run.retried += attempt.number > 1
-        run.trace.emit("call.start", role=role.name, attempt=attempt.number, input_tokens=attempt.tokens)
+        said = {"role": role.name, "key": attempt.key, "attempt": attempt.number}
+        run.trace.emit("call.start", **said, input_tokens=attempt.tokens)
         actual = worst  # a call that failed, timed out or was cancelled may have been paid in full
         error: ModelError | None = None
         reply: AIMessage | None = None
@@ -71,12 +75,25 @@ async def attempt_call(
             if not run.ledger.settle(reservation, actual):
                 run.trace.emit("overrun", role=role.name)
                 run.warn("soft_ceiling", "the endpoint used more tokens than it was allowed to")
-            run.trace.emit("call.end", role=role.name, ok=reply is not None)
+            outcome = _outcome(run, reply, error)
+            run.trace.emit("call.end", **said, ok=reply is not None, **outcome)
     if reply is not None:
         run.succeeded += 1
         return reply
     assert error is not None
     return await _failed(run, error, attempt)
+
+
+def _outcome(run: RunContext, reply: AIMessage | None, error: ModelError | None) -> dict[str, Any]:
+    """What a replay needs of a call: the id of the stored reply, or the error."""
+    if reply is not None:
+        kept = reply.model_dump(
+            mode="json", include={"content", "usage_metadata", "response_metadata"}, exclude_none=True
+        )
+        key = call_key(reply=kept)
+        run.cache.put(key, kept)
+        return {"reply": key}
+    return {"error": [error.code, error.message]} if error else {}
 
 
 def _refusal(run: RunContext, attempt: Attempt) -> Failure | None:

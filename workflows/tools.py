@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from agentctx.memory.lexical import Lexical
-from agentctx.memory.types import Document, Span
+from agentctx.memory.types import Chunk, Document, Span
 from agentctx.workflows.rank import FirstStage
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.worklog import Entry, WorkLog
@@ -37,10 +37,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """`usage` is what the model reads of it."""
+    """`usage` is what the model reads of it. `prepare` makes what takes long, outside the event loop."""
 
     usage: str
     run: Callable[[Scope, WorkLog, Arguments], Result]
+    prepare: Callable[[Scope], object] | None = None
 
 
 def find(scope: Scope, log: WorkLog, given: Arguments) -> Result:
@@ -48,14 +49,20 @@ def find(scope: Scope, log: WorkLog, given: Arguments) -> Result:
     words = str(given.get("words", "")).strip()
     if not words:
         return Result('find needs "words"')
-    passages = scope.chunks(min(PASSAGE_TOKENS, scope.profile.window // 8))
-    first = scope.keep("tools.find", lambda: FirstStage([scope.text(p.span) for p in passages]))
-    scores = first.scores(words)
+    passages, scores = _passages(scope), _index(scope).scores(words)
     best = [i for i in sorted(range(len(passages)), key=lambda i: -scores[i])[:FOUND] if scores[i] > 0]
     if not best:
         return Result(f"nothing in the sources shares a word with {words!r}")
     spans = tuple(passages[i].span for i in sorted(best))
     return Result("\n---\n".join(_placed(scope, span) for span in spans), spans)
+
+
+def _passages(scope: Scope) -> list[Chunk]:
+    return scope.chunks(min(PASSAGE_TOKENS, scope.profile.window // 8))
+
+
+def _index(scope: Scope) -> FirstStage:
+    return scope.keep("tools.find", lambda: FirstStage([scope.text(p.span) for p in _passages(scope)]))
 
 
 def read(scope: Scope, log: WorkLog, given: Arguments) -> Result:
@@ -134,7 +141,7 @@ def search_archive(scope: Scope, log: WorkLog, given: Arguments) -> Result:
 
 TOOLS: Mapping[str, Tool] = MappingProxyType(
     {
-        "find": Tool('{"words": "..."}: the passages that share most with these words', find),
+        "find": Tool('{"words": "..."}: the passages that share most with these words', find, _index),
         "grep": Tool('{"text": "..."}: the lines that hold this text', grep),
         "read": Tool('{"source": "...", "first": 1, "last": 40}: lines of a source', read),
         "archive": Tool('{"id": "e3", "title": "..."}: shelve an entry under a title', archive),

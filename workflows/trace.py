@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,16 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "run_id": self.run_id,
+            "seq": self.seq,
+            "time": self.time,
+            "span": self.span,
+            "parent": self.parent,
+            "node": self.node,
+            "event": self.event,
+            "data": self.data,
+        }
 
 
 class Trace:

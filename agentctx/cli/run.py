@@ -168,6 +168,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         ephemeral=settings.ephemeral,
         kv_bytes=settings.kv_bytes,
         memory_bytes=settings.memory_bytes,
+        concurrency=settings.concurrency,
         progress=output.progress.stage,
     )
 

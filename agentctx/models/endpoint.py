@@ -32,8 +32,10 @@ from agentctx.models.weights import LOADER
 from agentctx.workflows.profile import ModelProfile
 
 KEYS = ("AGENTCTX_API_KEY", "OPENAI_API_KEY")
+CONCURRENCY = 8  # calls in flight, unless the user says otherwise
 DEFAULT_WINDOW = 8192  # tokens, where neither the user nor the endpoint says
 TIMEOUT = 300.0  # seconds without a byte
+_PLAIN = frozenset({"model", "messages", "max_tokens", "temperature", "stream", "stop"})  # of a payload
 _PROBE_TIMEOUT = 10.0  # seconds to ask for the window
 _WINDOW_FIELDS = ("max_model_len", "loaded_context_length", "context_length", "context_window", "n_ctx")
 _JUDGED_FROM = 256  # words; below, a template could outweigh the text
@@ -86,7 +88,16 @@ class EndpointChat(ChatOpenAI):
         **kwargs: Any,
     ) -> ChatResult:
         with self.translated():
-            return self._checked(messages, await super()._agenerate(messages, stop, run_manager, **kwargs))
+            payload = self._get_request_payload(messages, stop=stop, **kwargs)
+            if payload.keys() - _PLAIN:
+                return self._checked(
+                    messages, await super()._agenerate(messages, stop, run_manager, **kwargs)
+                )
+            # Without the client's typed models, which take more time than all the rest of a short call.
+            body = await self.root_async_client.post("/chat/completions", body=payload, cast_to=object)
+            if not isinstance(body, dict):
+                raise ModelError(f"{self.place} answered with something else than JSON", code="malformed")
+            return self._checked(messages, self._create_chat_result(body))
 
     def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
         watch = _StreamWatch(self, kwargs.get("messages") or args[0])
@@ -188,8 +199,13 @@ def endpoint_chat(name: str, *, base_url: str | None = None, timeout: float = TI
     )
 
 
-def open_endpoint(name: str, *, base_url: str | None, offline: bool, window: int | None) -> Model:
-    """The model with its profile; asks the endpoint for its window unless `window` states it, in tokens."""
+def open_endpoint(
+    name: str, *, base_url: str | None, offline: bool, window: int | None, concurrency: int | None = None
+) -> Model:
+    """The model with its profile; asks the endpoint for its window unless `window` states it, in tokens.
+
+    `concurrency`: calls in flight at a time.
+    """
     if offline and not (base_url and _is_loopback(base_url)):
         raise ConfigError(
             f"the endpoint of {name!r} is not on this machine, and this run is offline",
@@ -207,7 +223,7 @@ def open_endpoint(name: str, *, base_url: str | None, offline: bool, window: int
         kind="endpoint",
         fingerprint=hashlib.sha256(f"{LOADER} {chat.place} {name}".encode()).hexdigest(),
         context=context,
-        concurrency=8,
+        concurrency=concurrency or CONCURRENCY,
         rate_in=2000.0,
         rate_out=40.0,
         latency=0.5,

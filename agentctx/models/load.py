@@ -66,6 +66,7 @@ def open_model(
     kv_dtype: KVDtype = "auto",
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
+    concurrency: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
@@ -76,8 +77,9 @@ def open_model(
     weights that a local model generates with: "bf16", the smaller and faster "int4", or "auto", int4 where
     that is known to cost little. `kv_dtype`: what it has read is held in memory in the model's dtype, or in 8
     or 4 bits. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
-    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free. ConfigError for an
-    unknown name or a contradiction, ModelError for what cannot be loaded.
+    `memory_bytes` its weights and KV in memory, None takes 60 % of what is free; `concurrency` the calls in
+    flight at an endpoint. ConfigError for an unknown name or a contradiction, ModelError for what cannot be
+    loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
@@ -88,7 +90,13 @@ def open_model(
             raise ConfigError(f"the attention of an endpoint cannot be chosen: {what}")
         from agentctx.models.endpoint import open_endpoint
 
-        return open_endpoint(name.removeprefix(ENDPOINT), base_url=base_url, offline=offline, window=window)
+        return open_endpoint(
+            name.removeprefix(ENDPOINT),
+            base_url=base_url,
+            offline=offline,
+            window=window,
+            concurrency=concurrency,
+        )
     if base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
     if name in TABLE:

@@ -9,6 +9,7 @@ stays in the store. If the steps end without an answer, one is made of what is l
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -167,10 +168,10 @@ class Acting(Strategy):
         if reply.data["answer"]:
             draft = {"text": reply.data["answer"], "claims": reply.data["claims"], "no_information": False}
             return {**update, "draft": keep_record(run, "acted", draft), "log": log.kept(), "route": "verify"}
-        self.use(run, log, reply.data)
+        await self.use(run, log, reply.data)
         return {**update, "log": log.kept(), "kept": self._seen(run.scope, log)}
 
-    def use(self, run: RunContext, log: WorkLog, reply: Mapping[str, Any]) -> None:
+    async def use(self, run: RunContext, log: WorkLog, reply: Mapping[str, Any]) -> None:
         """Run the tool that a reply names; what it gives is an entry."""
         name, given = reply["tool"], reply["arguments"]
         if not self.tools():
@@ -181,6 +182,8 @@ class Acting(Strategy):
         if name not in self.tools():
             result = Result(f"there is no tool {name!r}; the tools are: {', '.join(self.tools())}")
         else:
+            if prepare := TOOLS[name].prepare:
+                await asyncio.to_thread(prepare, run.scope)
             result = TOOLS[name].run(run.scope, log, given)
         title = f"{name} {' '.join(str(value) for value in given.values())}"
         told = f"({reply['thought']})\n" if reply["thought"] else ""

@@ -157,6 +157,7 @@ class Search(Strategy):
     async def _branch(self, run: RunContext, state: SearchState) -> dict[str, Any]:
         """Retrieve and read for each query, apart from one another."""
         register = _register(run, state)
+        await asyncio.to_thread(self._first_stage, run.scope)
         results = await asyncio.gather(*(self._look(run, query) for query in register["next"]))
         known = {tuple(place) for note in register["notes"] for place in note["places"]}
         kept, failures, fresh = list(state.get("kept", [])), {}, []
@@ -177,8 +178,7 @@ class Search(Strategy):
     async def _look(self, run: RunContext, query: str) -> tuple[list[int], list[dict[str, Any]] | Failure]:
         """The passages that were read for a query, and what they say."""
         scope, passages = run.scope, self.passages(run.scope)
-        first = scope.keep((self, "first"), lambda: FirstStage([scope.text(p.span) for p in passages]))
-        scores = await asyncio.to_thread(first.scores, query)
+        scores = await asyncio.to_thread(self._first_stage(scope).scores, query)
         best = sorted(range(len(passages)), key=lambda index: -scores[index])[: self.keep]
         role = scope.role(READ)
         wanted = [(WANTED, _cut_to(scope, query))]
@@ -217,6 +217,11 @@ class Search(Strategy):
         stale = not register["next"] or (not register["new"] and done > 1)
         ends = done >= self.rounds or stale or is_grounded(run, update) or run.winding_down()
         return {**update, "round": done, "route": "verify" if ends else "queries"}
+
+    def _first_stage(self, scope: Scope) -> FirstStage:
+        """The lexical index of the passages, made once."""
+        passages = self.passages(scope)
+        return scope.keep((self, "first"), lambda: FirstStage([scope.text(p.span) for p in passages]))
 
     def _room(self, scope: Scope) -> int:
         """Tokens of the prompt of a read, at most."""

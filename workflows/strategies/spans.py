@@ -10,6 +10,7 @@ https://arxiv.org/abs/2204.07496.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -136,7 +137,7 @@ class Spans(Strategy):
         passages = self.passages(scope)
         texts = [scope.text(passage.span) for passage in passages]
         reader = MeteredReader(run) if self.scores(scope) else None
-        question, first = scope.task.question, self._first_stage(scope)
+        question, first = scope.task.question, await asyncio.to_thread(self._first_stage, scope)
         try:
             ranking = await rank(question, texts, reader=reader, candidates=self.candidates, first=first)
         except Refused as refused:

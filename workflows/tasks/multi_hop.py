@@ -56,4 +56,4 @@ class MultiHop(Pipeline):
 
     async def _again(self, run: RunContext, made: Cut, number: int, found: str) -> Record | Failure:
         pieces = [(LABEL, found), *made.pieces(run.scope, made.reads[number])]
-        return await ask(run, self.read_role(run.scope), run.scope.task.question, pieces)
+        return await ask(run, self.read_role(run.scope), run.scope.task.question, pieces, finishing=True)
