@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from langchain_core.messages import BaseMessage
 
+from agentctx.memory.blobs import Blobs
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.types import Document
@@ -50,9 +51,17 @@ ASSUMED = 4096  # tokens that a model is taken to read well at most, where nobod
 class Engine:
     """One model, its KV memory, and the store of what it has read."""
 
-    def __init__(self, weights: Weights, *, secret: bytes | None = None, reliable: int | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        secret: bytes | None = None,
+        reliable: int | None = None,
+        archive: Blobs | None = None,
+    ) -> None:
         """`secret`: what delimiters are made of, drawn if there is none; texts that are to be reopened by
-        another process need the same. `reliable`: tokens that the model was measured to read well.
+        another process need the same. `reliable`: tokens that the model was measured to read well. `archive`:
+        where what a scope drops is kept, in memory if there is none.
         """
         self.weights = weights
         self.runtime = weights.engine
@@ -60,6 +69,7 @@ class Engine:
         self._template = ChatTemplate(weights.tokenizer) if weights.tokenizer.chat_template else None
         self._secret = secret or secrets.token_bytes(SIZE)
         self._reliable = reliable
+        self.archive = archive
 
     @classmethod
     def load(
@@ -101,8 +111,11 @@ class Engine:
             progress=progress,
         )
         assert isinstance(model.chat, LocalChat), model.chat
-        secret = kept_secret(paths.secret) if kv_bytes else None
-        return cls(model.chat.weights, secret=secret, reliable=model.profile.reliable)
+        reliable = model.profile.reliable
+        if not kv_bytes:
+            return cls(model.chat.weights, reliable=reliable)
+        secret, archive = kept_secret(paths.secret), Blobs(paths.blobs)
+        return cls(model.chat.weights, secret=secret, reliable=reliable, archive=archive)
 
     @property
     def window(self) -> Window:
