@@ -34,7 +34,7 @@ from agentctx.reading.frame import Frame, chat_frame, own_frame
 from agentctx.reading.offsets import Offsets
 from agentctx.reading.reading import Reading
 from agentctx.reading.records import Window
-from agentctx.reading.request import Place
+from agentctx.reading.request import Place, question_hash
 from agentctx.reading.sources import Source, gathered
 from agentctx.reading.texts import Text, document_of
 from agentctx.reading.tokens import Tokens
@@ -137,6 +137,7 @@ class Engine:
         source: Document | str | Sequence[int],
         *,
         prefix: str | None = None,
+        question: str | None = None,
         keep: bool = True,
         cancel: threading.Event | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -146,6 +147,10 @@ class Engine:
         A text is read as data, in a turn of the chat template and between delimiters. `prefix` takes the
         place of all that stands before it, control tokens and all: "" reads the bare text, for `generate`;
         for `ask` it must open the turn. Token ids are read as they are, after `prefix` if there is one.
+
+        `question`: the only one that it is for, which an attention method that is `query_aware` then has in
+        view when it decides what to keep of the text; another is refused, unless forced. It changes nothing
+        that is kept on disk, and nothing at all under other methods.
 
         `cancel` is looked at between pieces of 512 tokens: then the reading is not complete, and reading the
         same again goes on there. `progress` is told the tokens held and wanted. Raises ModelError: overflow
@@ -163,8 +168,16 @@ class Engine:
             text = Text(None, Offsets([(0, 0)] * len(ids), 0), len(before))
         wanted = before + ids
         with memory_errors(self.weights.name):
-            context = self.runtime.read(wanted, keep=keep, cancelled=cancel, progress=progress)
-        return Reading(self, context, wanted, (text,), frame, keep=keep)
+            context = self.runtime.read(
+                wanted,
+                keep=keep,
+                cancelled=cancel,
+                progress=progress,
+                asked=frame.question(self.tokens, question) if question else (),
+            )
+        chosen = self.runtime.method.query_aware and context.state.pasts[0] is not None
+        served = question_hash(question) if question and chosen else None
+        return Reading(self, context, wanted, (text,), frame, keep=keep, question=served)
 
     def compose(
         self,

@@ -1,4 +1,4 @@
-"""Scopes of a branch on a small model of random weights: dropped, kept, restored, and the memory they hold."""
+"""Scopes of a branch on a small model of random weights: dropped, kept, restored, and what they hold."""
 
 from __future__ import annotations
 
