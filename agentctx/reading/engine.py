@@ -42,6 +42,7 @@ from agentctx.secret import SIZE, kept_secret
 from agentctx.workflows.fence import draw_tag
 
 if TYPE_CHECKING:
+    from agentctx.memory.kv.dtype import KVDtype
     from agentctx.models.fetch import Progress
     from agentctx.models.table import Linears
 
@@ -78,6 +79,7 @@ class Engine:
         *,
         attention: str = "auto",
         linears: Linears = "auto",
+        kv_dtype: KVDtype = "auto",
         memory_bytes: int | None = None,
         kv_bytes: int = KV_BYTES,
         paths: Paths | None = None,
@@ -86,10 +88,11 @@ class Engine:
     ) -> Engine:
         """Load `smollm2`, a folder of safetensors, a .gguf file or a hub id.
 
-        `attention`: `NAME` or `NAME:key=value,...`; `linears`: "bf16", "int4" or "auto". `memory_bytes`
-        bounds weights and KV in memory (None: 60 % of what is free), `kv_bytes` the KV on disk, in `paths` or
-        this user's folders; 0 writes nothing. `offline` forbids downloads. Raises ConfigError and ModelError
-        as `models.load.open_model` does; ModelError (unsupported) for an endpoint.
+        `attention`: `NAME` or `NAME:key=value,...`; `linears`: "bf16", "int4" or "auto"; `kv_dtype`: how KV
+        is held in memory, "int8" and "int4" in less of it. `memory_bytes` bounds weights and KV in memory
+        (None: 60 % of what is free), `kv_bytes` the KV on disk, in `paths` or this user's folders; 0 writes
+        nothing. `offline` forbids downloads. Raises ConfigError and ModelError as `models.load.open_model`
+        does; ModelError (unsupported) for an endpoint.
         """
         from agentctx.models.local import LocalChat
 
@@ -106,6 +109,7 @@ class Engine:
             offline=offline,
             attention=attention,
             linears=linears,
+            kv_dtype=kv_dtype,
             kv_bytes=kv_bytes,
             memory_bytes=memory_bytes,
             progress=progress,
