@@ -119,10 +119,8 @@ class Rank(Strategy):
             output = role.max_output
             stages = [self._stage(scope, role, [largest] * calls)]
         if scope.reader:
-            longest = sorted(texts, key=len)[-self.top :]
-            stages.append(
-                cost.scoring("quote", pick_cost(question, longest, reader=scope.reader), scope.profile)
-            )
+            quoting = sorted(pick_cost(question, [text], reader=scope.reader) for text in texts)[-self.top :]
+            stages.append(cost.scoring("quote", sum(quoting), scope.profile))
         return cost.make_plan(
             self.name,
             {"passages": len(passages), "candidates": len(self.candidates(scope)), **asdict(self)},
