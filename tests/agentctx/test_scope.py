@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from agentctx.memory.blobs import Blobs
 from agentctx.memory.errors import ConfigError, ModelError, StoreError
 from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.models.weights import Weights
 from agentctx.reading.branch import Branch
 from agentctx.reading.engine import Engine
 from agentctx.reading.reading import Reading
+from agentctx.runtime.engine import Engine as Runtime
 from tests.agentctx.tiny_reader import TEXT, engine
 
 THOUGHT = "First I look at the harbour; then at the court, and at 1984. " * 3
@@ -187,6 +189,29 @@ def test_any_order_of_closing_and_restoring(
         assert branch.token_ids == said(reading, *now)[0]
         pages = -(-len(branch.token_ids) // PAGE_TOKENS)
         assert len(branch._held().table.pages) == pages
+
+
+@pytest.mark.parametrize("mode", ["reread", "keep"])
+def test_memory_of_eight_bits_gives_its_pages_back_too(
+    tiny_model: Path, mode: Literal["reread", "keep"]
+) -> None:
+    plain = engine(tiny_model).weights
+    body = plain.engine.body
+    runtime = Runtime(body, fingerprint="t", memory_bytes=400 * body.shape.page_bytes, kv_dtype="int8")
+    subject = Engine(Weights(runtime, plain.tokenizer, "tiny", plain.ends))
+    with subject.read(TEXT) as reading, reading.fork() as branch:
+        branch.feed("x")
+        before = runtime.pool.used_pages
+        with branch.scope("long") as scope:
+            branch.feed(f"{'Let me think of it. ' * 40}{RESULT}")
+        held, ids = runtime.pool.used_pages, branch.token_ids
+        branch.feed(AFTER)
+        scope.close(RESULT, mode=mode)
+        assert before <= runtime.pool.used_pages <= before + 2 < held
+        assert list(scope.token_ids) == subject.tokens.data(RESULT).ids
+        assert len(answer(branch)) == MOST
+        scope.restore()
+        assert branch.token_ids[: len(ids)] == ids and len(answer(branch)) == MOST
 
 
 def test_what_is_dropped_is_archived_by_its_hash(tiny_model: Path, tmp_path: Path) -> None:

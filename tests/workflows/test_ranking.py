@@ -195,6 +195,28 @@ def test_a_ranking_stays_within_its_plan(worths: list[int], window: int, size: i
     assert Cost(used.calls, used.input_tokens, used.output_tokens).within(plan.ceiling)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from(["It is so. ", "Not so. ", f"{'word ' * 30}ends. "]), min_size=1, max_size=30
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 4),
+)
+def test_what_a_reader_looks_at_is_in_the_plan(sentences: list[list[str]], top: int) -> None:
+    """Without calls there is no pool of retries that would hide a plan that is too low."""
+    documents = [Document.of(f"{n}. {''.join(text)}", f"{n}.txt") for n, text in enumerate(sentences)]
+    chat = ScriptedChat(reply=judge)
+    reader = ScriptedReader(lambda question, text: float(len(text)))
+    context = Context.open(documents, model=scripted_model(chat, reader=reader), ephemeral=True)
+    answer = context.ask(QUESTION, strategy=Rank(top=top))
+    assert answer.usage.scored == answer.usage.input_tokens <= answer.plan.ceiling.input_tokens
+    assert len(answer.value) == len(documents) and answer.stopped_because is None
+
+
 def test_a_second_ranking_is_free_and_a_changed_one_pays_for_what_changed(tmp_path: Path) -> None:
     paths = Paths(*(tmp_path / name for name in ("cache", "data", "state", "config")))
     calls = []
