@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from agentctx.asked import Kind, task_of
 from agentctx.blocking import blocking, blocking_iterator
+from agentctx.each import Each, Unit
 from agentctx.memory.blobs import Blobs
 from agentctx.memory.documents import Corpus, Selection
 from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError
@@ -58,6 +59,7 @@ class Context:
     paths: Paths
     model_options: dict[str, Any] = field(default_factory=dict)  # how to open the model again
     ephemeral: bool = False
+    listed: bool = True  # its runs can be found and taken up again by their name
 
     @classmethod
     def open(
@@ -131,6 +133,24 @@ class Context:
     ) -> Plan:
         """What `ask` (or, with `task="summarize"`, `summarize`) would cost at most. No model call is made."""
         return _strategy(strategy).plan(self._scope(task_of(question, task, per, kind, labels), budget))
+
+    def each(
+        self,
+        question: str,
+        *,
+        per: Unit = "file",
+        chunk_tokens: int | None = None,
+        kind: Kind = "search",
+        labels: Sequence[str] = (),
+        strategy: str | Strategy = "auto",
+        budget: Budget = UNLIMITED,
+    ) -> Each:
+        """The same question to each document by itself, or with `per="chunk"` to each stretch of one.
+
+        `.rows()` gives an answer for each as they come, `.arows()` the same as an async generator, `.plan()`
+        what they cost at most. `budget` is for all together.
+        """
+        return Each(self, question, per, chunk_tokens, kind, labels, strategy, budget)
 
     async def aask(
         self,
@@ -277,7 +297,7 @@ class Context:
             "started": time.time(),
             "attempt": 0,
         }
-        if not self.ephemeral:
+        if self.listed and not self.ephemeral:
             if (Runs(self.paths.runs).folder(run_id) / "run.json").exists():
                 raise ConfigError(f"there is a run {run_id} already", hint=f"agentctx runs resume {run_id}")
             blobs = Blobs(self.paths.blobs)
@@ -296,7 +316,7 @@ class Context:
     ) -> Answer:
         """Plan, run, and keep the manifest true at each step."""
         plan = await asyncio.to_thread(strategy.plan, scope)
-        runs = None if self.ephemeral else Runs(self.paths.runs)
+        runs = Runs(self.paths.runs) if self.listed and not self.ephemeral else None
         folder = runs.folder(run_id) if runs else None
         trace_path = folder / "trace.jsonl" if folder else None
         past = list(read_trace(trace_path)) if trace_path and trace_path.exists() else []

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from agentctx.memory.errors import AgentctxError, BudgetExceeded
 from agentctx.memory.types import Answer, Citation, Coverage, Plan
 from agentctx.workflows.profile import ModelProfile
+
+if TYPE_CHECKING:
+    from agentctx.each import Row
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -157,6 +160,8 @@ class Result(Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     command: str
+    source: str | None = None  # of one row of several
+    span: Stretch | None = None  # of it that was read
     run_id: str | None = None
     status: Literal["complete", "partial", "unanswerable", "planned", "paused", "failed"]
     answer: str | None = None
@@ -210,6 +215,15 @@ def failure(error: AgentctxError, command: str, profile: ModelProfile | None = N
     if isinstance(error, BudgetExceeded) and error.partial:
         return result(error.partial, command, profile).model_copy(update={"error": problem})
     return Result(command=command, status="failed", error=problem)
+
+
+def row(found: Row, command: str, profile: ModelProfile | None = None) -> Result:
+    """The object of one answer of several."""
+    error = failure(found.error, command, profile) if found.error else None
+    made = result(found.answer, command, profile) if found.answer else error
+    assert made is not None
+    place = {"source": found.source, "span": Stretch(**asdict(found.span))}
+    return made.model_copy(update={**place, "error": error and error.error})
 
 
 def schema() -> str:

@@ -256,6 +256,8 @@ def finding(pattern: str) -> Reply:
         if '"pages"' in system:
             lines = [line for text in texts for line in text.splitlines() if re.search(pattern, line)]
             return {"pages": [int(line.split()[1]) for line in lines if line.startswith("page ")][:12]}
+        if '"ids"' in system:
+            return {"ids": [number for number, text in enumerate(texts, 1) if re.search(pattern, text)]}
         if '"queries"' in system:
             return {"queries": [], "give_up": not claims}
         if '"add"' in system:

@@ -36,6 +36,7 @@ RANKS = {
     "settings": 2,
     "result": 2,
     "doctor": 2,
+    "each": 2,
     "cli": 3,
     "__main__": 4,
 }

@@ -42,24 +42,24 @@ def whole_pieces(scope: Scope) -> list[Piece]:
     return [Piece(d.source, d.text, Span(d.id, 0, len(d.text))) for d in scope.documents.values()]
 
 
-def answer_input(scope: Scope, pieces: Sequence[Piece]) -> tuple[int, int]:
+def answer_input(scope: Scope, pieces: Sequence[Piece], role: Role | None = None) -> tuple[int, int]:
     """Tokens of the finished prompt over these pieces, and the most it may return."""
-    role = answer_role(scope)
+    role = role or answer_role(scope)
     messages = role.render(scope.task.question, _shown(pieces), scope.tag)
     return scope.prompt_tokens(messages), role.max_output
 
 
-def direct_plan(scope: Scope) -> Plan:
+def direct_plan(scope: Scope, name: str = "direct", role: Role | None = None) -> Plan:
     """One call over everything."""
     pieces = whole_pieces(scope)
-    role = answer_role(scope)
-    tokens, output = answer_input(scope, pieces)
+    role = role or answer_role(scope)
+    tokens, output = answer_input(scope, pieces, role)
     stages = [cost.stage("answer", role.name, [tokens], output, scope.profile)]
     if scope.reader and not scope.profile.writes:
         looked = pick_cost(scope.task.question, [piece.text for piece in pieces], reader=scope.reader)
         stages.append(cost.scoring("pick", looked, scope.profile))
     return cost.make_plan(
-        "direct",
+        name,
         {},
         stages,
         largest_input=tokens,
@@ -70,9 +70,9 @@ def direct_plan(scope: Scope) -> Plan:
     )
 
 
-async def answer_pieces(run: RunContext, pieces: Sequence[Piece]) -> dict[str, Any]:
+async def answer_pieces(run: RunContext, pieces: Sequence[Piece], role: Role | None = None) -> dict[str, Any]:
     """The state update of an answer: a draft, the spans that code chose, and failures."""
-    role = answer_role(run.scope)
+    role = role or answer_role(run.scope)
     result = await ask(run, role, run.scope.task.question, _shown(pieces), finishing=True, stream=True)
     update: dict[str, Any] = {}
     if isinstance(result, Failure):

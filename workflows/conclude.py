@@ -39,7 +39,7 @@ def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> 
     verifier = run.scope.keep("verifier", lambda: Verifier(list(run.scope.documents.values())))
     draft = run.cache.get(state["draft"]) if state.get("draft") else None
     chosen = _from_spans(run, verifier, state.get("spans", []))
-    claimed = _from_claims(verifier, draft or {})
+    claimed = _from_claims(run, verifier, draft or {})
     citations = _unique([*chosen, *(citation for cited in claimed for citation in cited)])
     for citation in citations:
         run.trace.emit("verdict", source=citation.source, verdict=citation.verdict)
@@ -109,10 +109,14 @@ def _claims(draft: dict[str, Any]) -> list[dict[str, Any]]:
     return [*draft.get("claims", []), *draft.get("points", [])]
 
 
-def _from_claims(verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
-    """Per claim, the citations of the quotes that a model copied for it."""
+def _from_claims(run: RunContext, verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
+    """Per claim, the citations of the quotes that a model copied for it, or of the spans that code chose."""
     return [
-        [verifier.verify(quote, claim=claim["text"]) for quote in claim["quotes"]] for claim in _claims(draft)
+        [
+            *(verifier.verify(quote, claim=claim["text"]) for quote in claim["quotes"]),
+            *_from_spans(run, verifier, claim.get("spans", [])),
+        ]
+        for claim in _claims(draft)
     ]
 
 

@@ -38,6 +38,7 @@ class Strategy(ABC):
     depth: ClassVar[int] = 0  # levels of strategies inside this one
     kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
     state: ClassVar[type[State]] = State  # of its graph; a strategy with keys of its own extends it
+    gives_way: ClassVar[bool] = True  # to one direct call, where the input fits that
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -74,9 +75,10 @@ class Strategy(ABC):
                 f"{self.name} runs another strategy inside; the budget allows depth {scope.budget.depth}",
                 hint="name a strategy instead, or raise --max-depth",
             )
-        if reads_directly(scope):
-            return direct_plan(scope)
-        return self.body_plan(scope)
+        return direct_plan(scope) if self._directly(scope) else self.body_plan(scope)
+
+    def _directly(self, scope: Scope) -> bool:
+        return self.gives_way and reads_directly(scope)
 
     def graph(self) -> Graph:
         """The whole graph, uncompiled; its runs take a `RunContext` as context."""
@@ -93,7 +95,7 @@ class Strategy(ABC):
 
     async def _plan(self, run: RunContext, state: State) -> dict[str, Any]:
         run.trace.emit("plan.made", plan=asdict(run.plan))
-        if reads_directly(run.scope):
+        if self._directly(run.scope):
             return {"route": "direct"}
         profile, needed = run.scope.profile, self.needs(run.scope)
         if needed not in profile.tiers:

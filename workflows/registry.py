@@ -16,6 +16,8 @@ STRATEGIES = {
     "direct": "agentctx.workflows.strategies.direct:Direct",
     "spans": "agentctx.workflows.strategies.spans:Spans",
     "lexical": "agentctx.workflows.strategies.lexical:Lexical",
+    "rank": "agentctx.workflows.strategies.rank:Rank",
+    "reread": "agentctx.workflows.strategies.reread:Reread",
     "map_reduce": "agentctx.workflows.strategies.map_reduce:MapReduce",
     "search": "agentctx.workflows.strategies.search:Search",
     "agents": "agentctx.workflows.strategies.agents:Agents",

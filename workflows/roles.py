@@ -75,6 +75,14 @@ class SummaryReply(Reply):
     no_information: bool = False
 
 
+class RankReply(Reply):
+    """The texts by their numbers, the most useful first."""
+
+    example = MappingProxyType({"ids": (2, 1)})
+
+    ids: list[int] = Field(max_length=1000)
+
+
 @dataclass(frozen=True, slots=True)
 class Role:
     """`schema` None means plain text. `max_output` is in tokens."""
@@ -163,5 +171,13 @@ GIST = Role(
     None,
     60,
     closing="In one or two sentences, what does the text say about: {question}",
+)
+RANK = Role(
+    "rank",
+    1,
+    "You order texts by how much they help to answer a question. The name of each text begins with its "
+    "number. Give the numbers of all texts, the most helpful first.",
+    RankReply,
+    200,
 )
 SHORT_ANSWER = ShortAnswer("short_answer", short_answer.VERSION, "", None, short_answer.MAX_TOKENS)

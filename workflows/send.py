@@ -27,7 +27,7 @@ _KINDS: dict[str, FailureKind] = {
 }
 _RETRYABLE = frozenset({"rate_limit", "timeout", "malformed", "unavailable"})
 _UNREAD = frozenset({"auth", "not_fetched", "overflow"})  # refused before a token was read
-_FATAL = frozenset({"auth", "not_fetched"})  # every further call would fail the same way
+FATAL = frozenset({"auth", "not_fetched"})  # every further call would fail the same way
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ async def _failed(run: RunContext, error: ModelError, attempt: Attempt) -> Failu
     retryable = error.code in _RETRYABLE and (error.retry_after or 0) <= LONGEST_WAIT
     kind = _KINDS.get(error.code, "backend")
     failure = Failure(kind, error.message, retryable=retryable, attempt=attempt.number)
-    if error.code in _FATAL or (error.code == "unavailable" and not attempt.may_retry and not run.succeeded):
+    if error.code in FATAL or (error.code == "unavailable" and not attempt.may_retry and not run.succeeded):
         run.dead = failure
         run.dead_error = error
     elif retryable and attempt.may_retry and run.retries_left:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from agentctx.cli.each import ask_each
 from agentctx.cli.options import Options, Paths, expand
 from agentctx.cli.run import Job, execute
 from agentctx.memory.errors import ConfigError
@@ -42,6 +43,7 @@ OfKind = Annotated[
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="To choose from, with --kind classify.", metavar="TEXT")
 ]
+EachSource = Annotated[bool, typer.Option("--each", help="An answer for each source by itself.")]
 plan = typer.Typer(help="Show what a command would cost at most, without a model call.")
 
 
@@ -52,11 +54,16 @@ def ask(
     paths: Paths = None,
     kind: OfKind = Kind.search,
     label: Labels = None,
+    each: EachSource = False,
 ) -> None:
     """Answer a question over files, with citations that were checked against them."""
     if question is None and not options.resume:
         raise ConfigError("a question is missing", hint="agentctx ask QUESTION [PATH]...")
-    execute(Job("ask", "ask", paths or (), question, kind=kind.value, labels=label or ()), options)
+    job = Job("ask", "ask", paths or (), question, kind=kind.value, labels=label or ())
+    if each:
+        ask_each(job, options, "file", table=False)
+    else:
+        execute(job, options)
 
 
 @expand

@@ -15,6 +15,7 @@ from agentctx.cli.progress import Progress
 
 if TYPE_CHECKING:
     from agentctx.cli.render import Line
+    from agentctx.each import Row
     from agentctx.memory.errors import AgentctxError
     from agentctx.memory.types import Answer, Notice, Plan
     from agentctx.result import Result
@@ -63,6 +64,7 @@ class Output:
         self.profile: ModelProfile | None = None
         self.resumable = True
         self._last = ("", 0)
+        self._told: set[Notice] = set()
 
     def event(self, event: Event) -> None:
         """Follow the trace of the run."""
@@ -80,11 +82,11 @@ class Output:
         from agentctx.cli.render import answer_lines
         from agentctx.result import result
 
-        self._notices((*answer.coverage.skipped, *answer.warnings))
+        self.notices((*answer.coverage.skipped, *answer.warnings))
         if self.options.json or self.options.stream:
             self._result(result(answer, self.command, self.profile))
         else:
-            self._lines(answer_lines(answer, quiet=self.options.quiet))
+            self.lines(answer_lines(answer, quiet=self.options.quiet))
         if answer.status == "partial" and self.resumable and not self.broken:
             print(f"hint: agentctx runs resume {answer.run_id}", file=sys.stderr)
 
@@ -93,11 +95,11 @@ class Output:
         from agentctx.cli.render import plan_lines
         from agentctx.result import planned
 
-        self._notices(notices)
+        self.notices(notices)
         if self.options.json or self.options.stream:
             self._result(planned(plan, self.command, profile))
         else:
-            self._lines(plan_lines(plan))
+            self.lines(plan_lines(plan))
 
     def failure(self, error: AgentctxError) -> None:
         """Show why there is no answer, or only a part of one."""
@@ -111,11 +113,25 @@ class Output:
         self.progress.clear()
         print(exits.explain(error), file=sys.stderr)
 
-    def _notices(self, notices: Iterable[Notice]) -> None:
+    def row(self, row: Row, lines: Iterable[Line] | None) -> None:
+        """Show one answer of several: as an object, or these `lines` if there are any."""
+        from agentctx.result import row as made
+
+        self.notices(row.answer.warnings if row.answer else ())
+        if self.options.json or self.options.stream:
+            self._result(made(row, self.command, self.profile))
+        elif lines is not None:
+            self.lines(lines)
+
+    def notices(self, notices: Iterable[Notice]) -> None:
+        """Say on stderr what the user should know, each thing once."""
         from agentctx.memory.clean import printable
 
         self.progress.clear()
         for notice in () if self.broken else notices:
+            if notice in self._told:
+                continue
+            self._told.add(notice)
             said = ": ".join(part for part in (notice.source, notice.message) if part)
             print(f"warning: {printable(said)} ({notice.code})", file=sys.stderr)
 
@@ -127,7 +143,8 @@ class Output:
             fields = {**head, "event": "result", "result": fields}
         self._write(json.dumps(fields, ensure_ascii=False))
 
-    def _lines(self, lines: Iterable[Line]) -> None:
+    def lines(self, lines: Iterable[Line]) -> None:
+        """Print text, with its styles on a terminal."""
         if not self.data.isatty():
             self._write("\n".join(line.text for line in lines))
             return

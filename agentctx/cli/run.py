@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from agentctx.memory.selection import Selection
     from agentctx.memory.types import Answer
     from agentctx.settings import Settings
+    from agentctx.workflows.frame import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,14 @@ class Job:
     per: Literal["all", "file", "chapter"] = "all"
     kind: Kind = "search"
     labels: Sequence[str] = ()
+    strategy: Strategy | None = None  # None: as the settings say
 
 
-def execute(job: Job, options: Options) -> None:
-    """Run a job, or show its plan; ends the command with its exit code."""
+Body = Callable[["Context", "Settings", Output, "Stop"], int]
+
+
+def execute(job: Job, options: Options, body: Body | None = None) -> None:
+    """Run a job, or show its plan; ends the command with its exit code. `body` does it, once all is open."""
     from agentctx.settings import Settings
 
     _one_form(options)
@@ -51,7 +56,9 @@ def execute(job: Job, options: Options) -> None:
     sources = sources_of(job.paths, options, selection)
     with claim_stdout() as data:
         output = Output(job.command, options, data)
-        code = _guarded(output, lambda stop: _run(job, options, settings, (sources, selection), output, stop))
+        code = _guarded(
+            output, lambda stop: _run(job, options, settings, (sources, selection), output, stop, body)
+        )
     raise typer.Exit(code)
 
 
@@ -102,6 +109,7 @@ def _run(
     sources: tuple[list[str], Selection],
     output: Output,
     stop: Stop,
+    body: Body | None,
 ) -> int:
     with collector_resting():
         context = _open(sources, settings, output)
@@ -111,7 +119,17 @@ def _run(
         first = skipped[0]
         message = f"{len(skipped)} sources cannot be read, the first: {first.source}: {first.message}"
         raise InputError(message, code=first.code, source=first.source, hint="leave out --strict-inputs")
-    strategy, budget = settings.strategy, settings.budget()
+    if body is not None:
+        return body(context, settings, output, stop)
+    return _once(job, options, context, settings, output, stop)
+
+
+def _once(
+    job: Job, options: Options, context: Context, settings: Settings, output: Output, stop: Stop
+) -> int:
+    """Plan or run it."""
+    skipped = context.corpus.skipped
+    strategy, budget = job.strategy or settings.strategy, settings.budget()
     if options.dry_run:
         plan = context.plan(
             job.question,

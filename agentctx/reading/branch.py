@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -13,7 +13,8 @@ from agentctx.models.failures import memory_errors
 from agentctx.reading.contents import Contents
 from agentctx.reading.records import Reply
 from agentctx.reading.request import Focus, Options, Place, Request
-from agentctx.reading.sources import Source, gathered
+from agentctx.reading.scope import Scope
+from agentctx.reading.sources import Source, gathered, moved
 from agentctx.reading.speech import Speech, spoken
 from agentctx.runtime.context import Context
 
@@ -34,6 +35,7 @@ class Branch:
         self._sources = tuple(sources)
         self._seen = contents.kept
         self._pending: list[int] = []  # said, and not fed yet
+        self._scopes: list[Scope] = []
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -82,8 +84,29 @@ class Branch:
         """Hide all of the text but these spans; what was hidden before stays hidden."""
         self._narrow(Focus(attend_only=spans))
 
+    def scope(self, name: str) -> Scope:
+        """What is written from here to the end of a `with` statement, to be dropped but for a conclusion."""
+        self._held()
+        self._scopes.append(scope := Scope(self, name))
+        return scope
+
+    def replace(self, scope: Scope, end: int, ids: Sequence[int]) -> None:
+        """Let `ids` stand where the tokens of a scope do, up to `end`; what came after is computed again."""
+        tail = self.token_ids[end:]
+
+        def change(context: Context, before: Sequence[int]) -> None:
+            context.crop(len(before))
+            context.feed([*ids, *tail])
+
+        self._change(scope, end, len(ids), change)
+
+    def keep(self, scope: Scope, end: int, kept: range) -> None:
+        """Of the tokens of a scope, up to `end`, leave those `kept`, and move them and the rest forward."""
+        stay = [*kept, *range(end, len(self.token_ids))]
+        self._change(scope, end, len(kept), lambda context, before: moved(context, len(before), stay))
+
     def fork(self) -> Branch:
-        """Another one from here."""
+        """Another one from here. Scopes stay with this one."""
         shared = [source.share(self.engine.runtime) for source in self._sources]
         twin = Branch(self.engine, self._held().fork(), self._contents, shared)
         twin._seen, twin._pending = self._seen, list(self._pending)
@@ -104,6 +127,30 @@ class Branch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _change(
+        self, scope: Scope, end: int, size: int, change: Callable[[Context, Sequence[int]], None]
+    ) -> None:
+        """Change what stands in a scope, on a fork that takes this one's place once it is done; `size` tokens
+        are in it then.
+        """
+        old, before = self._held(), self.token_ids[: scope.start]
+        new = old.fork()
+        try:
+            with memory_errors(self.engine.weights.name):
+                new.feed(self._pending)
+                change(new, before)
+        except BaseException:
+            new.close()
+            raise
+        self._context, self._pending = new, []
+        old.close()
+        later = self._scopes.index(scope)
+        for number, other in enumerate(self._scopes):
+            if number != later:
+                other.shift(scope.start, end, scope.start + size - end, inner=number > later)
+        scope.end = scope.start + size
+        self._scopes = [one for one in self._scopes if not one.lost]
 
     def _narrow(self, focus: Focus) -> None:
         context, runtime = self._held(), self.engine.runtime

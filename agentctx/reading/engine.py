@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from langchain_core.messages import BaseMessage
 
+from agentctx.memory.blobs import Blobs
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.types import Document
@@ -33,7 +34,7 @@ from agentctx.reading.frame import Frame, chat_frame, own_frame
 from agentctx.reading.offsets import Offsets
 from agentctx.reading.reading import Reading
 from agentctx.reading.records import Window
-from agentctx.reading.request import Place
+from agentctx.reading.request import Place, question_hash
 from agentctx.reading.sources import Source, gathered
 from agentctx.reading.texts import Text, document_of
 from agentctx.reading.tokens import Tokens
@@ -51,9 +52,17 @@ ASSUMED = 4096  # tokens that a model is taken to read well at most, where nobod
 class Engine:
     """One model, its KV memory, and the store of what it has read."""
 
-    def __init__(self, weights: Weights, *, secret: bytes | None = None, reliable: int | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        secret: bytes | None = None,
+        reliable: int | None = None,
+        archive: Blobs | None = None,
+    ) -> None:
         """`secret`: what delimiters are made of, drawn if there is none; texts that are to be reopened by
-        another process need the same. `reliable`: tokens that the model was measured to read well.
+        another process need the same. `reliable`: tokens that the model was measured to read well. `archive`:
+        where what a scope drops is kept, in memory if there is none.
         """
         self.weights = weights
         self.runtime = weights.engine
@@ -61,6 +70,7 @@ class Engine:
         self._template = ChatTemplate(weights.tokenizer) if weights.tokenizer.chat_template else None
         self._secret = secret or secrets.token_bytes(SIZE)
         self._reliable = reliable
+        self.archive = archive
 
     @classmethod
     def load(
@@ -105,8 +115,11 @@ class Engine:
             progress=progress,
         )
         assert isinstance(model.chat, LocalChat), model.chat
-        secret = kept_secret(paths.secret) if kv_bytes else None
-        return cls(model.chat.weights, secret=secret, reliable=model.profile.reliable)
+        reliable = model.profile.reliable
+        if not kv_bytes:
+            return cls(model.chat.weights, reliable=reliable)
+        secret, archive = kept_secret(paths.secret), Blobs(paths.blobs)
+        return cls(model.chat.weights, secret=secret, reliable=reliable, archive=archive)
 
     @property
     def window(self) -> Window:
@@ -128,6 +141,7 @@ class Engine:
         source: Document | str | Sequence[int],
         *,
         prefix: str | None = None,
+        question: str | None = None,
         keep: bool = True,
         cancel: threading.Event | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -137,6 +151,10 @@ class Engine:
         A text is read as data, in a turn of the chat template and between delimiters. `prefix` takes the
         place of all that stands before it, control tokens and all: "" reads the bare text, for `generate`;
         for `ask` it must open the turn. Token ids are read as they are, after `prefix` if there is one.
+
+        `question`: the only one that it is for, which an attention method that is `query_aware` then has in
+        view when it decides what to keep of the text; another is refused, unless forced. It changes nothing
+        that is kept on disk, and nothing at all under other methods.
 
         `cancel` is looked at between pieces of 512 tokens: then the reading is not complete, and reading the
         same again goes on there. `progress` is told the tokens held and wanted. Raises ModelError: overflow
@@ -154,8 +172,16 @@ class Engine:
             text = Text(None, Offsets([(0, 0)] * len(ids), 0), len(before))
         wanted = before + ids
         with memory_errors(self.weights.name):
-            context = self.runtime.read(wanted, keep=keep, cancelled=cancel, progress=progress)
-        return Reading(self, context, wanted, (text,), frame, keep=keep)
+            context = self.runtime.read(
+                wanted,
+                keep=keep,
+                cancelled=cancel,
+                progress=progress,
+                asked=frame.question(self.tokens, question) if question else (),
+            )
+        chosen = self.runtime.method.query_aware and context.state.pasts[0] is not None
+        served = question_hash(question) if question and chosen else None
+        return Reading(self, context, wanted, (text,), frame, keep=keep, question=served)
 
     def compose(
         self,

@@ -18,7 +18,7 @@ from agentctx.reading.contents import Contents
 from agentctx.reading.frame import Frame
 from agentctx.reading.many import spoken_together
 from agentctx.reading.records import Coverage, Delta, Reply, Usage
-from agentctx.reading.request import Asking, Focus, Place, Request, split
+from agentctx.reading.request import Asking, Focus, Place, Request, question_hash, split
 from agentctx.reading.sources import Source, gathered
 from agentctx.reading.speech import Speech, spoken
 from agentctx.reading.texts import Text, document_of
@@ -48,15 +48,17 @@ class Reading:
         *,
         keep: bool = False,
         sources: Sequence[Source] = (),
+        question: str | None = None,
     ) -> None:
         """`context` holds `ids`, or the first of them; of several `sources`, those of their tokens that they
-        keep.
+        keep. `question`: the hash of the only question that it was made for.
         """
         self.engine = engine
         self.complete = bool(sources) or len(context.ids) == len(ids)
         self.usage = Usage(len(context.ids), context.reused, context.computed)
         self.warnings: tuple[str, ...] = tuple(context.warnings)
         self.frame = frame
+        self.question = question
         self._context: Context | None = context
         self._sources = tuple(sources)
         self._keep = keep
@@ -85,11 +87,14 @@ class Reading:
 
     def stream(self, question: str, **options: Unpack[Asking]) -> Iterator[Delta]:
         """The same as it comes. The last piece carries the reply; leaving the loop ends the answer."""
-        return self._answer(self._question(question), *split(options))
+        focus, request = split(options)
+        return self._answer(self._question(question, focus), focus, request)
 
     def generate(self, prompt: str = "", **options: Unpack[Asking]) -> Reply:
         """Go on from the text and `prompt` as they are, without a chat template."""
-        return _last(self._answer(self.engine.tokens.data(prompt).ids, *split(options)))
+        focus, request = split(options)
+        self._serves(None, focus)
+        return _last(self._answer(self.engine.tokens.data(prompt).ids, focus, request))
 
     def ask_many(self, questions: Sequence[str], **options: Unpack[Asking]) -> list[Reply]:
         """Answer each question on its own, all in one batch over the same text.
@@ -100,7 +105,7 @@ class Reading:
         focus, request = split(options)
         if request.exact or not questions:
             return [self.ask(question, **options) for question in questions]
-        asked = [self._question(question) for question in questions]
+        asked = [self._question(question, focus) for question in questions]
         weights = self.engine.weights
         contexts: list[Context] = []
         try:
@@ -113,8 +118,11 @@ class Reading:
             for context in contexts:
                 context.close()
 
-    def fork(self) -> Branch:
-        """A conversation of its own over the same text; nothing is copied until it goes on."""
+    def fork(self, *, force: bool = False) -> Branch:
+        """A conversation of its own over the same text; nothing is copied until it goes on. `force` as in
+        `Focus`.
+        """
+        self._serves(None, Focus(force=force))
         with self._lock:
             context = self._held().fork()
             shared = [source.share(self.engine.runtime) for source in self._sources]
@@ -138,7 +146,7 @@ class Reading:
                 new = self.engine.runtime.read(ids, keep=self._keep)
             grown = replace(last, document=document, offsets=last.offsets.joined(more.offsets))
             self._contents = Contents(ids, torch.ones(len(ids), dtype=torch.bool), (grown,))
-            self._context = new
+            self._context, self.question = new, None
             self.usage = Usage(len(ids), new.reused, new.computed)
             old.close()
 
@@ -180,8 +188,19 @@ class Reading:
     ) -> None:
         self.close()
 
-    def _question(self, question: str) -> list[int]:
+    def _serves(self, question: str | None, focus: Focus) -> None:
+        """Refuse to show what was chosen for one question to another: it lacks what that one needs."""
+        if self.question is None or focus.force or focus.reread:
+            return
+        if question is None or question_hash(question) != self.question:
+            raise ConfigError(
+                f"this reading was made for one question ({self.question[:12]}…), and kept what that needs",
+                hint="read the text without question=, or ask with force=True",
+            )
+
+    def _question(self, question: str, focus: Focus) -> list[int]:
         self._held()
+        self._serves(question, focus)
         if not question.strip():
             raise ConfigError("the question is empty")
         if not self.frame.after:

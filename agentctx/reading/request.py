@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Asking(Options, total=False):
     attend_only: Sequence[Place] | None
     drop: Sequence[Place]
     reread: bool
+    force: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,19 @@ class Focus:
 
     `attend_only`: only these spans. `drop`: not these. Other tokens keep what they took from dropped ones
     when they were read, unless `reread` computes them anew. `pins`: a method that chooses blocks always takes
-    those of these spans.
+    those of these spans. `force`: a question may be another than the one that a reading was made for.
     """
 
     pins: Sequence[Place] = ()
     attend_only: Sequence[Place] | None = None
     drop: Sequence[Place] = ()
     reread: bool = False
+    force: bool = False
+
+
+def question_hash(question: str) -> str:
+    """What a reading that was made for one question remembers of it."""
+    return hashlib.sha256(question.strip().encode()).hexdigest()
 
 
 def split(options: Asking) -> tuple[Focus, Request]:

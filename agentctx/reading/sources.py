@@ -63,6 +63,33 @@ def gathered(
         return Context.over(runtime, gather(parts, end=end, turns=turns), ids)
 
 
+def moved(context: Context, start: int, stay: Sequence[int]) -> None:
+    """Of the tokens of a context from `start` on, leave those that `stay`, one after the other from there.
+
+    Their keys are turned to the new positions, their values are what they were. Raises ModelError:
+    out_of_memory, unsupported where a rotation is not known or tokens before the context's own are meant.
+    """
+    runtime, table = context.engine, context.table
+    first = len(context.ids) - table.tokens
+    if not stay or start < first:
+        context.crop(start)  # which raises for what is not in the table
+        return
+    ids = [context.ids[at] for at in stay]
+    past = context.state.pasts[0]
+    position = past.end if past else 0
+    with runtime.lock, torch.inference_mode():
+        turns = _turns(runtime)
+        k, v = table.read(start - first)
+        index = torch.tensor(stay, device=k.device) - start
+        old = index + start - first + position
+        new = torch.arange(len(stay), device=k.device) + start - first + position
+        context.crop(start)
+        keys = zip(turns, k[:, :, index], strict=True)
+        table.extend(torch.stack([turn(one[None], old, new)[0] for turn, one in keys]), v[:, :, index])
+        context.state.settle()
+        context.ids += ids
+
+
 def _turns(runtime: Runtime) -> list[Turn]:
     found: list[Turn] = []
     for rotation in runtime.body.rotations():

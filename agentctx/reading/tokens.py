@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+from agentctx.memory.errors import ConfigError
 from agentctx.reading.offsets import Offsets
 from agentctx.reading.texts import check_unicode
 
@@ -46,6 +49,28 @@ class Tokens:
         """A text of ours or the caller's, control tokens and all."""
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def spelling(self, ids: Sequence[int], text: str) -> range:
+        """Which of `ids` spell `text`, where it stands last; tokens that hold any of it count.
+
+        ConfigError if it does not stand there.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        pieces = [stream.step(self.backend, token) for token in ids]  # None: a character is not whole yet
+        ends = list(accumulate(len(piece or "") for piece in pieces))
+        start = "".join(piece or "" for piece in pieces).rfind(text)
+        if start < 0:
+            raise ConfigError(
+                f"{text[:60]!r} does not stand in the scope", hint='use mode="reread", which takes any text'
+            )
+        if not text:
+            return range(0)
+        first, last = bisect_right(ends, start), bisect_left(ends, start + len(text))
+        while first and pieces[first - 1] is None:
+            first -= 1
+        return range(first, last + 1)
 
     def _pieces(self, text: str) -> Iterator[tuple[int, str]]:
         start = 0

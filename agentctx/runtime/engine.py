@@ -81,8 +81,11 @@ class Engine:
         keep: bool = False,
         cancelled: threading.Event | None = None,
         progress: Callable[[int, int], None] | None = None,
+        asked: Sequence[int] = (),
     ) -> Context:
         """Hold all of `ids`; with `keep`, on disk as well. Computes only what is held nowhere.
+
+        `asked`: the only question that it is for, if the method is to know it.
 
         A cancelled read returns what it has; what it computed is not lost, and reading again continues there.
         `progress` is told the tokens held and wanted.
@@ -91,7 +94,7 @@ class Engine:
         context = self._known(ids, self._named(ids))
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
-            return self.method.reduce(context, len(ids))
+            return self.method.reduce(context, len(ids), asked)
 
     def read_all(
         self,

@@ -55,6 +55,31 @@ class BlockTable:
         self.pages, self.tokens = list(pages), tokens
         self._publish()
 
+    def read(self, first: int) -> tuple[Tensor, Tensor]:
+        """K and V of its tokens from `first` on, `[layers, Hkv, n, D]`; n is 1 or more."""
+        page, skip = divmod(first, PAGE_TOKENS)
+        found = [self.pool.read(one, PAGE_TOKENS) for one in self.pages[page:]]
+        size = self.tokens - first
+        k, v = (torch.cat(x, 2)[:, :, skip : skip + size] for x in zip(*found, strict=True))
+        return k, v
+
+    def extend(self, k: Tensor, v: Tensor) -> None:
+        """Go on with tokens whose K and V `[layers, Hkv, n, D]` are known.
+
+        Raises ModelError (out_of_memory); then nothing has changed.
+        """
+        first, before = divmod(self.tokens, PAGE_TOKENS)
+        tokens = self.tokens + k.shape[2]
+        self.reserve(tokens)
+        if before:
+            head = self.pool.read(self.pages[first], before)
+            k, v = (torch.cat(x, 2) for x in zip(head, (k, v), strict=True))
+        for number, start in enumerate(range(0, k.shape[2], PAGE_TOKENS), first):
+            piece = slice(start, start + PAGE_TOKENS)
+            self.pool.write(self.pages[number], k[:, :, piece], v[:, :, piece])
+        self.tokens = tokens
+        self.pool.filled(self.pages[: tokens // PAGE_TOKENS])
+
     def crop(self, tokens: int) -> None:
         """Forget what is beyond the first `tokens`."""
         keep = -(-tokens // PAGE_TOKENS)

@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 
 from agentctx.memory.documents import open_documents
-from agentctx.memory.errors import BudgetExceeded, ConfigError, ModelError
+from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, ModelError
 from agentctx.memory.types import Answer, Citation, Cost, Coverage, Notice, Plan, Span, Stage, Usage
 from agentctx.workflows.profile import ModelProfile
 
@@ -30,6 +30,8 @@ class Stop:
 
 class Context:
     opened = None  # the keyword arguments of the last `open`
+    strategy = None  # of the last `ask`
+    divided = None  # the keyword arguments of the last `each`
 
     def __init__(self, corpus, model):
         self.corpus, self.name = corpus, model
@@ -48,9 +50,30 @@ class Context:
         return PLAN
 
     def ask(self, question, *, kind, labels, strategy, budget, run_id, stop, on_event):
+        type(self).strategy = strategy
         if kind != "search":
             question = f"{kind} {'|'.join(labels)}: {question}"
         return self._run(question, run_id or "01RUN", stop, on_event)
+
+    def each(self, question, **rest):
+        """Each file is asked what stands in its first line, or else `question`."""
+        from agentctx.each import Row  # not above: commands that need it not start sooner without it
+
+        type(self).divided = rest
+
+        def rows(*, stop, on_event):
+            for document in self.corpus.documents:
+                one = Context(SimpleNamespace(documents=(document,), skipped=(), warnings=()), self.name)
+                first = document.text.splitlines()[0]
+                asked = first if first in ("budget", "down", "nothing fits") else question
+                answer = error = None
+                try:
+                    answer = one._run(asked, "01RUN", stop, on_event)
+                except AgentctxError as failed:
+                    answer, error = getattr(failed, "partial", None), failed
+                yield Row(document.source, Span(document.id, 0, len(document.text)), answer, error)
+
+        return SimpleNamespace(rows=rows, plan=lambda: PLAN)
 
     def summarize(self, focus, *, per, strategy, budget, run_id, stop, on_event):
         return self._run(f"summary per {per} of {focus}", run_id or "01RUN", stop, on_event)

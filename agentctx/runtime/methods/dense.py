@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +26,7 @@ class Dense:
     name: ClassVar[str] = "dense"
     moves: ClassVar[bool] = False  # queries are turned to other positions: the layers' rotations are needed
     evicts: ClassVar[bool] = False  # what was read is asked through a part of it
+    query_aware: ClassVar[bool] = False  # a question in view would change what it keeps
     endless: ClassVar[bool] = False  # no distance ever exceeds what the method names: texts may be longer
 
     @property
@@ -63,6 +65,9 @@ class Dense:
         """Attention of new tokens q `[B, Hq, T, D]` over a layer that holds them already."""
         return kv.exact(q)
 
-    def reduce(self, context: Context, tokens: int) -> Context:
-        """What a text of as many tokens is asked through, once it is read: takes the place of `context`."""
+    def reduce(self, context: Context, tokens: int, asked: Sequence[int] = ()) -> Context:
+        """What a text of as many tokens is asked through, once it is read: takes the place of `context`.
+
+        `asked`: ids of the one question that it is for, if that is known.
+        """
         return context

@@ -12,7 +12,7 @@ blocks are, from which it follows.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,7 +38,6 @@ class Evictor(Dense):
     """Of a text of more than `dense_below` tokens the share `keep` stays, in (0, 1]."""
 
     evicts: ClassVar[bool] = True
-    query_aware: ClassVar[bool] = False  # a question at the end of the text would change what is kept
 
     keep: float = 0.25
     dense_below: int = 1024
@@ -58,18 +57,21 @@ class Evictor(Dense):
         """Which tokens stay, bool like `scores`: here as many in every head."""
         return leading(scores, round(self.keep * scores.shape[-1]))
 
-    def reduce(self, context: Context, tokens: int) -> Context:
+    def reduce(self, context: Context, tokens: int, asked: Sequence[int] = ()) -> Context:
         cancelled = len(context.ids) < tokens
         if cancelled or tokens <= self.dense_below or self.keep == 1:
             return context
-        found = compress(context, self)
+        found = compress(context, self, asked=asked if self.query_aware else ())
         found.computed, found.reused, found.warnings = context.computed, context.reused, context.warnings
         context.close()
         return found
 
 
-def compress(context: Context, evictor: Evictor, keep: float | None = None) -> Context:
-    """What an evictor leaves of what was read; the original stays as it is.
+def compress(
+    context: Context, evictor: Evictor, keep: float | None = None, asked: Sequence[int] = ()
+) -> Context:
+    """What an evictor leaves of what was read; the original stays as it is. With `asked`, it is scored as if
+    these tokens came after it: it serves them then, and others less.
 
     Raises ModelError (unsupported) for layers with a window and for tokens that were chosen already,
     out_of_memory where what is kept does not fit beside the original; ConfigError for a `keep` out of range.
@@ -83,11 +85,11 @@ def compress(context: Context, evictor: Evictor, keep: float | None = None) -> C
     chosen = evictor if keep is None else replace(evictor, keep=keep)
     engine, tokens = context.engine, len(context.ids)
     with engine.lock, torch.inference_mode():
-        name = list(blocks(context.ids, f"{engine.root} {chosen!r}"))[-1].name
+        name = list(blocks([*context.ids, *asked], f"{engine.root} {chosen!r} {len(asked)}"))[-1].name
         kept = engine.choices.get(name)
         if kept is None:
             _refuse_windows(context)
-            kept = chosen.choose(chosen.scores(context))
+            kept = chosen.choose(_scores(context, chosen, asked))
             engine.choices.put(name, kept)
         source = Past.over(context.table)
         try:
@@ -95,6 +97,17 @@ def compress(context: Context, evictor: Evictor, keep: float | None = None) -> C
         finally:
             source.close()
     return type(context).over(engine, past, context.ids)
+
+
+def _scores(context: Context, evictor: Evictor, asked: Sequence[int]) -> Tensor:
+    if not asked:
+        return evictor.scores(context)
+    fork = context.fork()
+    try:
+        fork.feed(asked)
+        return evictor.scores(fork)[..., : len(context.ids)]
+    finally:
+        fork.close()
 
 
 def observe(context: Context, start: int, end: int, see: See, *, moves: bool = False) -> None:
