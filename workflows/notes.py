@@ -45,7 +45,7 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
     for number in sorted(map(int, reads)):
         data = records[reads[str(number)]]
         spans = [made.chunks[i].span for i in made.reads[number].chunks]
-        claims = data.get("facts", data.get("points"))
+        claims = stated(data)
         if claims is None:
             claims = _claims_of_text(run.scope, data["text"], spans)
         for claim in claims:
@@ -54,6 +54,19 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
                 confidence = data.get("confidence", claim.get("confidence", 0))
                 notes.append(Note(number, claim["text"], places, confidence))
     return notes
+
+
+def stated(data: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The statements of a record with their quotes; None for a record of plain text."""
+    if "items" in data:
+        return [{"text": item_text(i["key"], i["value"]), "quotes": i["quotes"]} for i in data["items"]]
+    found: list[dict[str, Any]] | None = data.get("facts", data.get("points", data.get("claims")))
+    return found
+
+
+def item_text(key: str, value: str) -> str:
+    """An item as a statement."""
+    return f"{key}: {value}" if value else key
 
 
 def best_first(notes: Sequence[Note]) -> list[Note]:
@@ -92,12 +105,12 @@ async def _merge(run: RunContext, batch: Sequence[str]) -> str:
     if len(batch) == 1:
         return batch[0]
     records = run.cache.get_many(list(batch))
-    pieces = [(f"notes {n}", _fitted(run.scope, records[key]["points"])) for n, key in enumerate(batch, 1)]
+    pieces = [(f"notes {n}", _fitted(run.scope, stated(records[key]) or ())) for n, key in enumerate(batch, 1)]
     result = await ask(run, run.scope.role(MERGE), run.scope.task.question, pieces, finishing=True)
     if isinstance(result, Record):
         return result.id
     run.warn("merge_failed", f"a merge failed ({result.message}); its notes were joined unmerged")
-    points = [point for key in batch for point in records[key]["points"]]
+    points = [point for key in batch for point in stated(records[key]) or ()]
     return keep_record(run, "joined", {"points": points[:MAX_POINTS], "no_information": not points})
 
 
