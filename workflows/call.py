@@ -38,8 +38,9 @@ class Terms:
     shared: bool = True
 
 
+USUAL = Terms()
 # A context variable, because between a node and its calls stand steps that know nothing of nodes.
-_terms: ContextVar[Terms] = ContextVar("terms", default=Terms())
+_terms: ContextVar[Terms] = ContextVar("terms", default=USUAL)
 
 
 @contextmanager

@@ -35,12 +35,16 @@ class Strategy(ABC):
     """A named way to answer. `graph()` is an ordinary, uncompiled LangGraph graph."""
 
     kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
-    state: ClassVar[type[State]] = State  # of its graph; a strategy with keys of its own extends it
 
     @property
     @abstractmethod
     def name(self) -> str:
         """What it is called."""
+
+    @property
+    def state(self) -> type[State]:
+        """Of its graph; a strategy with keys of its own extends it."""
+        return State
 
     @property
     def listed(self) -> str:

@@ -105,7 +105,9 @@ async def _merge(run: RunContext, batch: Sequence[str]) -> str:
     if len(batch) == 1:
         return batch[0]
     records = run.cache.get_many(list(batch))
-    pieces = [(f"notes {n}", _fitted(run.scope, stated(records[key]) or ())) for n, key in enumerate(batch, 1)]
+    pieces = [
+        (f"notes {n}", _fitted(run.scope, stated(records[key]) or ())) for n, key in enumerate(batch, 1)
+    ]
     result = await ask(run, run.scope.role(MERGE), run.scope.task.question, pieces, finishing=True)
     if isinstance(result, Record):
         return result.id

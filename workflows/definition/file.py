@@ -39,7 +39,9 @@ class Source:
 def read_source(text: str, name: str) -> Source:
     """Parse the text of a file. Raises ConfigError with the line of what is wrong."""
     if len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
-        raise ConfigError(f"{name} is larger than {MOST_BYTES // 1000} kB", hint="no workflow needs that much")
+        raise ConfigError(
+            f"{name} is larger than {MOST_BYTES // 1000} kB", hint="no workflow needs that much"
+        )
     try:
         _refuse(text, name)
         loader = yaml.SafeLoader(text)
@@ -48,7 +50,7 @@ def read_source(text: str, name: str) -> Source:
             _unique_keys(root, name)
             data = loader.construct_document(root) if root else None
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -64,12 +66,12 @@ def read_source(text: str, name: str) -> Source:
 def _refuse(text: str, name: str) -> None:
     """Look at every event of the parser before a single value is built."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # type: ignore[no-untyped-call]
-        line = f"{name}:{event.start_mark.line + 1}"
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"{line}: anchors and aliases are not allowed", hint=_PLAIN)
-        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
-            raise ConfigError(f"{line}: the tag {event.tag} is not allowed", hint=_PLAIN)
+        if tag := getattr(event, "tag", None):
+            raise ConfigError(f"{line}: the tag {tag} is not allowed", hint=_PLAIN)
         if isinstance(event, yaml.ScalarEvent) and event.value == "<<":
             raise ConfigError(f"{line}: merge keys are not allowed", hint=_PLAIN)
         depth += isinstance(event, yaml.CollectionStartEvent)

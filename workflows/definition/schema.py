@@ -133,7 +133,7 @@ class Workflow(Form):
     state: dict[Name, StateKey] = Field(default_factory=dict)
     nodes: dict[Name, Node] = Field(min_length=1, max_length=64)
     edges: list[Edge] = Field(min_length=2, max_length=256)
-    budget: Limits = Limits()
+    budget: Limits = Field(default_factory=lambda: Limits.model_validate({}))
 
     @property
     def question(self) -> str | None:
@@ -169,10 +169,8 @@ def _written(value: Any, loc: tuple[str | int, ...]) -> list[str | int]:
     """The part of pydantic's path that stands in the file: without the names of unions and models."""
     path: list[str | int] = []
     for key in loc:
-        if isinstance(value, dict) and key in value:
-            path.append(key)
-            value = value[key]
-        elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+        known = isinstance(value, list) and isinstance(key, int) and key < len(value)
+        if known or (isinstance(value, dict) and key in value):
             path.append(key)
             value = value[key]
     return path

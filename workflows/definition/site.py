@@ -6,8 +6,9 @@ what calls returned, by the number of their read, and an `answer` is the id of a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from agentctx.memory.types import Stage
@@ -25,6 +26,22 @@ Asked = tuple[Role, str]  # a role, and the question it is asked
 
 
 @dataclass(frozen=True, slots=True)
+class Folder:
+    """The files that a workflow may name, as they were when it was opened, and the node's own."""
+
+    files: Mapping[str, str]  # by path, relative to the folder of the file that was opened
+    name: str
+    chain: tuple[str, ...] = ()  # the files that lead to this one, from the outermost
+
+    def path(self, given: str) -> str:
+        """The path of a file that is named here. Raises ValueError for one outside the folder."""
+        parts = PurePosixPath(given).parts
+        if not parts or given.startswith(("/", "~")) or ".." in parts or "\\" in given or ":" in parts[0]:
+            raise ValueError(f"{given!r} leads out of the workflow's folder")
+        return str(PurePosixPath(self.name).parent / given)
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What one visit of a node gave."""
 
@@ -32,8 +49,8 @@ class Result:
     failures: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # a read's number, or a word
     not_forwarded: int = 0
     inner: Mapping[str, Any] | None = None  # the last state of a strategy that ran inside
-    shown: tuple[int, ...] = ()  # reads whose text was sent as it is
-    data: Mapping[str, Any] | None = None  # what `match` looks at, where it is not the draft
+    shown: Sequence[int] = ()  # reads whose text was sent as it is
+    taken: Sequence[int] = ()  # reads that a later visit of the same node leaves out
 
 
 Step = Callable[[RunContext, Mapping[str, Any]], Awaitable[Result]]  # the values that were read, by key
@@ -59,7 +76,8 @@ class NodeType:
     schemas: tuple[str, ...] = ("facts", "points", "items")
     mapped: bool = False
     asks: Callable[[Site, Scope], Asked] | None = None
-    needs: Tier = "reads"
+    needs: Callable[[Site], Tier] = lambda site: "reads"
+    files: tuple[str, ...] = ()  # parameters that name a file
     finishing: bool = False
     replies: Callable[[Site], bool] = lambda site: False
     check: Callable[[Site], str] = lambda site: ""  # what is wrong with its place, or ""
@@ -99,7 +117,7 @@ class Site:
     node: Node
     type: NodeType
     params: Any
-    texts: Mapping[str, str]  # the files that its parameters name, by parameter
+    folder: Folder
     inner: Strategy | None = None
     kind: Kind = "answer"
     ports: tuple[Port, ...] = ()
@@ -107,6 +125,11 @@ class Site:
     readers: list[Site] = field(default_factory=list)  # of a split: who reads its chunks
     visits: int = 1
     item: str = ""  # of a mapped node: what its item is called
+
+    def text(self, param: str) -> str:
+        """The text of the file that a parameter names, or ""."""
+        given = getattr(self.params, param)
+        return self.folder.files[self.folder.path(given)] if given else ""
 
     @property
     def key(self) -> str:
