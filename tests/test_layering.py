@@ -34,6 +34,7 @@ RANKS = {
     "settings": 2,
     "result": 2,
     "doctor": 2,
+    "studio": 3,
     "cli": 3,
     "__main__": 4,
 }

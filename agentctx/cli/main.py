@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from agentctx import __version__
-from agentctx.cli import ask, config, doctor, exits, kv, models, runs, trace
+from agentctx.cli import ask, config, doctor, exits, kv, models, runs, trace, workflow
 from agentctx.memory.errors import AgentctxError, ConfigError
 
 # typer keeps its copy of click private; a usage error is what a bad parameter is a case of.
@@ -26,6 +26,7 @@ app = typer.Typer(name="agentctx", pretty_exceptions_enable=False, rich_markup_m
 app.command("ask")(ask.ask)
 app.command("summarize")(ask.summarize)
 app.add_typer(ask.plan, name="plan")
+app.add_typer(workflow.app, name="workflow")
 app.add_typer(models.app, name="models")
 app.add_typer(kv.app, name="kv")
 app.add_typer(runs.app, name="runs")

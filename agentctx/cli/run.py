@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from agentctx.memory.selection import Selection
     from agentctx.memory.types import Answer
     from agentctx.settings import Settings
+    from agentctx.workflows.frame import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Job:
     per: Literal["all", "file", "chapter"] = "all"
     kind: Kind = "search"
     labels: Sequence[str] = ()
+    strategy: Strategy | None = None  # None: as the settings say
 
 
 def execute(job: Job, options: Options) -> None:
@@ -111,7 +113,7 @@ def _run(
         first = skipped[0]
         message = f"{len(skipped)} sources cannot be read, the first: {first.source}: {first.message}"
         raise InputError(message, code=first.code, source=first.source, hint="leave out --strict-inputs")
-    strategy, budget = settings.strategy, settings.budget()
+    strategy, budget = job.strategy or settings.strategy, settings.budget()
     if options.dry_run:
         plan = context.plan(
             job.question,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Any
 
 from agentctx.workflows.state import State, merged
@@ -26,4 +27,5 @@ class DefinitionState(State, total=False):
     taken: Annotated[dict[str, list[int]], added]  # node -> reads that it does not give again
     shown: Annotated[dict[str, list[int]], added]  # node -> reads whose text it sent as it is
     inner: Annotated[dict[str, Any], merged]  # node -> the last state of the strategy inside
+    told: Annotated[list[str], operator.add]  # the nodes that gave an answer, in order
     lost: Annotated[dict[str, int], merged]  # node -> notes that it could not pass on

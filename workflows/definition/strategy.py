@@ -25,7 +25,7 @@ from agentctx.workflows.definition.state import DefinitionState, joined
 from agentctx.workflows.definition.wiring import Wiring, wire
 from agentctx.workflows.frame import Graph, Step, Strategy, add_node
 from agentctx.workflows.ledger import limit_of
-from agentctx.workflows.notes import best_first, no_information, notes_of, spans_of, stated
+from agentctx.workflows.notes import best_first, keep_record, no_information, notes_of, spans_of, stated
 from agentctx.workflows.profile import Tier
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -228,14 +228,14 @@ class Definition(Strategy):
         return visit
 
     async def _finish(self, run: RunContext, state: Any) -> dict[str, Any]:
-        """The draft that the last nodes gave; of several the first that says something."""
-        last = self.wiring.last
-        others = [
-            s for s in reversed(list(self.wiring.sites.values())) if s.kind == "answer" and s not in last
-        ]
-        given = [state[site.key] for site in [*last, *others] if site.key in state]
+        """The last draft that says something, with the value that an earlier one computed."""
+        told = [state[self.wiring.sites[name].key] for name in reversed(state.get("told", []))]
         empty = {"draft": no_information(run), "spans": []}
-        best = next((one for one in given if _informs(run, one)), given[0] if given else empty)
+        best = next((one for one in told if _informs(run, one)), told[0] if told else empty)
+        data = run.cache.get(best["draft"]) or {}
+        values = [found["value"] for one in told if "value" in (found := run.cache.get(one["draft"]) or {})]
+        if values and "value" not in data:
+            best = {**best, "draft": keep_record(run, "finish", {**data, "value": values[0]})}
         return {**best, "not_forwarded": sum(state.get("lost", {}).values())}
 
     def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
@@ -297,6 +297,8 @@ def _end(name: str) -> str:
 
 def _update(site: Site, result: Result) -> dict[str, Any]:
     update: dict[str, Any] = {site.key: result.value}
+    if site.kind == "answer":
+        update["told"] = [site.name]
     if result.failures:
         update["failures"] = {f"{site.name}.{key}": failure for key, failure in result.failures.items()}
     for name in ("taken", "shown"):
