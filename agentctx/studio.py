@@ -15,6 +15,8 @@ from langgraph.graph import END, START, StateGraph
 from typing_extensions import TypedDict
 
 from agentctx.api import Context
+from agentctx.memory.types import Plan
+from agentctx.models.load import Model
 from agentctx.settings import Settings
 from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.fence import draw_tag
@@ -54,10 +56,12 @@ def studio_graph(chosen: Strategy) -> StudioGraph:
     inner = chosen.graph().compile()  # named in the node below, so the server draws it too
 
     async def answer(state: Asked) -> dict[str, Any]:
-        run = await asyncio.to_thread(_opened, chosen, state["question"], state["sources"])
-        given: Any = {"question": state["question"], "sources": list(run.scope.documents)}
+        model, scope, plan = await asyncio.to_thread(_opened, chosen, state["question"], state["sources"])
+        run_id = f"studio-{secrets.token_hex(3)}"
+        run = RunContext(run_id, scope, model.chat, plan, LeafCache(None), Trace(run_id))
+        given: Any = {"question": state["question"], "sources": list(scope.documents)}
         try:
-            done = await inner.ainvoke(given, {"recursion_limit": max(run.plan.supersteps, 8)}, context=run)
+            done = await inner.ainvoke(given, {"recursion_limit": max(plan.supersteps, 8)}, context=run)
         finally:
             run.cache.close()
         return {"answer": done["answer"]}
@@ -69,8 +73,8 @@ def studio_graph(chosen: Strategy) -> StudioGraph:
     return graph
 
 
-def _opened(chosen: Strategy, question: str, sources: list[str]) -> RunContext:
-    """A run over the sources with the settings' model, planned and within the settings' limits."""
+def _opened(chosen: Strategy, question: str, sources: list[str]) -> tuple[Model, Scope, Plan]:
+    """The settings' model, the sources, and what the run may cost within the settings' limits."""
     settings = Settings.load({})
     settings.export_key()
     context = Context.open(
@@ -94,8 +98,7 @@ def _opened(chosen: Strategy, question: str, sources: list[str]) -> RunContext:
         model.reader,
         chosen.allowed(settings.budget()),
     )
-    run_id = f"studio-{secrets.token_hex(3)}"
-    return RunContext(run_id, scope, model.chat, chosen.plan(scope), LeafCache(None), Trace(run_id))
+    return model, scope, chosen.plan(scope)
 
 
 auto = _factory("auto")

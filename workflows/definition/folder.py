@@ -67,6 +67,8 @@ def _read(root: Path, name: str) -> str:
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise InputError(f"{name!r} is a link out of the workflow's folder", code="outside", source=name)
+    if not path.is_file():  # not there, a folder, or a pipe that would never end
+        raise InputError(f"{name} cannot be read: there is no such file", code="not_found", source=name)
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{name} is larger than {MOST_BYTES // 1000} kB", code="too_large", source=name)

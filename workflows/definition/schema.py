@@ -146,7 +146,9 @@ def parsed(form: type[F], value: Any, source: Source, loc: Sequence[str | int] =
     try:
         return form.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        errors = error.errors(include_url=False, include_context=False)
+        # A misspelt key comes first: it explains why another one is missing.
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         where = [*loc, *_written(value, first["loc"])]
         if first["type"] == "extra_forbidden":
             known = _known(form, first["loc"][:-1])

@@ -230,7 +230,7 @@ class Definition(Strategy):
     async def _finish(self, run: RunContext, state: Any) -> dict[str, Any]:
         """The last draft that says something, with the value that an earlier one computed."""
         told = [state[self.wiring.sites[name].key] for name in reversed(state.get("told", []))]
-        empty = {"draft": no_information(run), "spans": []}
+        empty: dict[str, Any] = {"draft": no_information(run), "spans": []}
         best = next((one for one in told if _informs(run, one)), told[0] if told else empty)
         data = run.cache.get(best["draft"]) or {}
         values = [found["value"] for one in told if "value" in (found := run.cache.get(one["draft"]) or {})]
