@@ -71,8 +71,7 @@ def _build(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         inner = outer.chosen(run.scope)
         plan = inner.body_plan(run.scope)
-        # What was paid for is in the leaf cache, so a run that is taken up needs no checkpoint in here.
-        compiled = _without_frame(inner).compile(checkpointer=False)
+        compiled = _without_frame(inner).compile()
         given: Any = {"question": run.scope.task.question, "sources": list(run.scope.documents)}
         config: Any = {"recursion_limit": max(plan.supersteps, 8)}
         state = await compiled.ainvoke(given, config, context=run)
