@@ -222,7 +222,8 @@ class Context:
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         manifest["budget"] = asdict(budget) if budget else manifest["budget"]
         manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
-        scope = context._scope(task, Budget(**manifest["budget"]), manifest["tag"])
+        allowed = strategy.allowed(Budget(**manifest["budget"]))
+        scope = context._scope(task, allowed, manifest["tag"])
         return await context._carry_out(run_id, manifest, scope, strategy, stop, on_event)
 
     ask = blocking(aask)

@@ -5,25 +5,24 @@ The file says what is done; this says what it costs at most and makes the LangGr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, get_type_hints
 
-from langgraph.types import Send
 from typing_extensions import TypedDict
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Budget, Cost, Plan, Stage
 from agentctx.workflows import cost
-from agentctx.workflows.call import MAX_RETRIES, Terms, on_terms
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.definition.coverage import combined
-from agentctx.workflows.definition.schema import END, Edge
-from agentctx.workflows.definition.site import Folder, Result, Site, cut_of
+from agentctx.workflows.definition.site import Folder, Site, cut_of
 from agentctx.workflows.definition.state import DefinitionState, joined
+from agentctx.workflows.definition.visit import informs, visit
+from agentctx.workflows.definition.ways import Ways
 from agentctx.workflows.definition.wiring import Wiring, wire
-from agentctx.workflows.frame import Graph, Step, Strategy, add_node
+from agentctx.workflows.frame import Graph, Strategy, add_node
 from agentctx.workflows.ledger import limit_of
 from agentctx.workflows.notes import best_first, keep_record, no_information, notes_of, spans_of, stated
 from agentctx.workflows.profile import Tier
@@ -31,8 +30,6 @@ from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import State, TaskKind, merged
 from agentctx.workflows.tasks.pipeline import SHOWN
-
-SENDS = 512  # LangGraph tasks per superstep; more items than that travel in batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,8 @@ class Definition(Strategy):
 
     def needs(self, scope: Scope) -> Tier:
         sites = self.wiring.sites.values()
-        return "writes" if any(site.type.needs(site) == "writes" for site in sites) else "reads"
+        wanted = {site.inner.needs(scope) if site.inner else site.type.needs(site) for site in sites}
+        return "writes" if "writes" in wanted else "reads"
 
     def body_plan(self, scope: Scope) -> Plan:
         stages: list[Stage] = []
@@ -149,89 +147,20 @@ class Definition(Strategy):
 
     def body(self, graph: Graph) -> str:
         for site in self.wiring.sites.values():
-            add_node(graph, site.name, self._visit(site), defer=site.node.defer)
+            add_node(graph, site.name, visit(site, self.wiring.edges[site.name].match), defer=site.node.defer)
         add_node(graph, "finish", self._finish, defer=True)
         graph.add_edge("finish", "verify")
+        ways = Ways(graph, self.wiring)
         for name, edge in self.wiring.edges.items():
             if name in self.wiring.sites:
-                self._lead_on(graph, edge)
+                ways.add(edge)
         return self.wiring.entry
-
-    def _lead_on(self, graph: Graph, edge: Edge) -> None:
-        """Add the ways on from a node; one to a node that has used up its visits leads to the end."""
-        ends = [_end(end) for end in edge.ends()]
-        if edge.map:
-            graph.add_conditional_edges(edge.source, self._fan_out(edge), ends)
-            return
-        bounded = [end for end in ends if end != "finish" and self._most(end)]
-        if not edge.match and not bounded:
-            for end in ends:
-                graph.add_edge(edge.source, end)
-            return
-        graph.add_conditional_edges(edge.source, self._route(edge), list(dict.fromkeys([*ends, "finish"])))
-
-    def _most(self, name: str) -> int | None:
-        return self.wiring.flow.nodes[name].max_visits
-
-    def _open(self, state: Any, end: str) -> bool:
-        """True if a node may be visited once more."""
-        most = None if end == "finish" else self._most(end)
-        return most is None or state.get("visits", {}).get(end, 0) < most
-
-    def _route(self, edge: Edge) -> Callable[[Any], list[str]]:
-        def route(state: Any) -> list[str]:
-            if not edge.match:
-                ends = [_end(end) for end in edge.ends()]
-                return [end for end in ends if self._open(state, end)] or ["finish"]
-            default = _end(edge.match.default)
-            wanted = state.get("routes", {}).get(edge.source, default)
-            return [next((end for end in (wanted, default) if self._open(state, end)), "finish")]
-
-        return route
-
-    def _fan_out(self, edge: Edge) -> Callable[[Any], list[Send]]:
-        assert edge.map
-        node = edge.map.node
-        key = self.wiring.sites[node].ports[0].key
-
-        def fan_out(state: Any) -> list[Send]:
-            items = list(state.get(key, []))
-            size = max(1, -(-len(items) // SENDS))
-            batches = [items[at : at + size] for at in range(0, len(items), size)]
-            # A batch of nothing, so that the way does not end here.
-            return [Send(node, {"items": batch}) for batch in batches or [[]]]
-
-        return fan_out
-
-    def _visit(self, site: Site) -> Step:
-        """One visit of a node: on its terms, with what it reads, to what it writes."""
-        work = site.type.build(site)
-        attempts = site.node.retry.attempts if site.node.retry else MAX_RETRIES + 1
-        terms = Terms(attempts, site.node.timeout, site.node.cache)
-        match = self.wiring.edges[site.name].match
-
-        async def visit(run: RunContext, state: Any) -> dict[str, Any]:
-            values = {port.key: state[port.key] for port in site.ports if port.key in state}
-            values["items"] = state.get("items", [])
-            values["taken"] = state.get("taken", {}).get(site.name, [])
-            with on_terms(terms):
-                result = await work(run, values)
-            update = _update(site, result)
-            if site.node.max_visits:
-                update["visits"] = {site.name: state.get("visits", {}).get(site.name, 0) + 1}
-            if match:
-                said = _said(run, site, result.value, match.path)
-                cases = {_word(case): end for case, end in match.cases.items()}
-                update["routes"] = {site.name: _end(cases.get(said, match.default))}
-            return update
-
-        return visit
 
     async def _finish(self, run: RunContext, state: Any) -> dict[str, Any]:
         """The last draft that says something, with the value that an earlier one computed."""
         told = [state[self.wiring.sites[name].key] for name in reversed(state.get("told", []))]
         empty: dict[str, Any] = {"draft": no_information(run), "spans": []}
-        best = next((one for one in told if _informs(run, one)), told[0] if told else empty)
+        best = next((one for one in told if informs(run, one)), told[0] if told else empty)
         data = run.cache.get(best["draft"]) or {}
         values = [found["value"] for one in told if "value" in (found := run.cache.get(one["draft"]) or {})]
         if values and "value" not in data:
@@ -291,26 +220,6 @@ def _affordable(scope: Scope, stages: list[Stage]) -> None:
             )
 
 
-def _end(name: str) -> str:
-    return "finish" if name == END else name
-
-
-def _update(site: Site, result: Result) -> dict[str, Any]:
-    update: dict[str, Any] = {site.key: result.value}
-    if site.kind == "answer":
-        update["told"] = [site.name]
-    if result.failures:
-        update["failures"] = {f"{site.name}.{key}": failure for key, failure in result.failures.items()}
-    for name in ("taken", "shown"):
-        if numbers := list(getattr(result, name)):
-            update[name] = {site.name: numbers}
-    if result.not_forwarded:
-        update["lost"] = {site.name: result.not_forwarded}
-    if result.inner is not None:
-        update["inner"] = {site.name: dict(result.inner)}
-    return update
-
-
 def _own(failures: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
     return [(key.partition(".")[2], one) for key, one in failures.items() if key.partition(".")[0] == name]
 
@@ -318,25 +227,3 @@ def _own(failures: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
 def _claims(run: RunContext, key: str) -> bool:
     data = run.cache.get(key) or {}
     return stated(data) is not None or "text" in data
-
-
-def _informs(run: RunContext, value: Mapping[str, Any]) -> bool:
-    data = run.cache.get(value["draft"]) or {}
-    return not data.get("no_information", not (data.get("text") or stated(data)))
-
-
-def _said(run: RunContext, site: Site, value: Any, path: str) -> str:
-    """The field of what a node gave, as `match` compares it; "" if there is none."""
-    if site.kind == "answer":
-        data: Any = {"no_information": not _informs(run, value), **(run.cache.get(value["draft"]) or {})}
-    else:
-        data = {"count": len(value), "no_information": not value}
-    for name in path.split("."):
-        data = data.get(name) if isinstance(data, Mapping) else None
-    return _word(data)
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)

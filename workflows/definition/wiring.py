@@ -152,9 +152,6 @@ class _Ports:
                     f"type: {min(kinds)}",
                 )
             self.reducer(key, writers)
-        for name, site in self.sites.items():
-            if self.mapped(name) and site.node.writes is None and len(self.keys(name)) != 1:
-                raise self.source.error(("nodes", name), "it is mapped twice", "map a second node")
         for name in self.sites:
             self.ports(name)
         for name, site in self.sites.items():
