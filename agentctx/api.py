@@ -132,7 +132,9 @@ class Context:
         budget: Budget = UNLIMITED,
     ) -> Plan:
         """What `ask` (or, with `task="summarize"`, `summarize`) would cost at most. No model call is made."""
-        return _strategy(strategy).plan(self._scope(task_of(question, task, per, kind, labels), budget))
+        chosen = _strategy(strategy)
+        asked = task_of(question, task, per, kind, labels)
+        return chosen.plan(self._scope(asked, chosen.allowed(budget)))
 
     def each(
         self,
@@ -249,7 +251,8 @@ class Context:
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         manifest["budget"] = asdict(budget) if budget else manifest["budget"]
         manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
-        scope = context._scope(task, Budget(**manifest["budget"]), manifest["tag"])
+        allowed = strategy.allowed(Budget(**manifest["budget"]))
+        scope = context._scope(task, allowed, manifest["tag"])
         return await context._carry_out(run_id, manifest, scope, strategy, stop, on_event)
 
     ask = blocking(aask)
@@ -281,12 +284,13 @@ class Context:
     ) -> Answer:
         run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         chosen = _strategy(strategy)
+        budget = chosen.allowed(budget)
         # Kept, so that what was read between these delimiters can be used again.
         tag = None if self.ephemeral else draw_tag(self.corpus.documents, kept_secret(self.paths.secret))
         scope = self._scope(task, budget, tag)
         manifest = {
             "task": asdict(task),
-            "strategy": chosen.name,
+            "strategy": chosen.listed,
             "params": asdict(chosen),  # type: ignore[call-overload]
             "budget": asdict(budget),
             "model": self.model_options or {"name": ""},

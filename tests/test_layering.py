@@ -37,6 +37,7 @@ RANKS = {
     "result": 2,
     "doctor": 2,
     "each": 2,
+    "studio": 3,
     "cli": 3,
     "__main__": 4,
 }

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 from langchain_core.messages import HumanMessage
@@ -27,6 +30,30 @@ MAX_RETRIES = 2  # per call, out of the run's pool
 Pieces = Sequence[tuple[str, str]]  # (label, text)
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the calls of a node are made. `shared`: what another run was told may be used again."""
+
+    attempts: int = MAX_RETRIES + 1
+    timeout: float | None = None  # seconds for one call
+    shared: bool = True
+
+
+USUAL = Terms()
+# A context variable, because between a node and its calls stand steps that know nothing of nodes.
+_terms: ContextVar[Terms] = ContextVar("terms", default=USUAL)
+
+
+@contextmanager
+def on_terms(terms: Terms) -> Iterator[None]:
+    """Make the calls of this block on these terms."""
+    token = _terms.set(terms)
+    try:
+        yield
+    finally:
+        _terms.reset(token)
+
+
 async def ask(
     run: RunContext,
     role: Role,
@@ -40,11 +67,13 @@ async def ask(
 
     `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events.
     """
+    own: dict[str, str] = {} if _terms.get().shared else {"run": run.run_id}
     key = call_key(
         model=run.scope.profile.fingerprint,
         role=[role.name, role.version, role.max_output],
         question=question,
         pieces=[[label, _digest(text)] for label, text in pieces],
+        **own,
     )
     with run.trace.span():
         cached = run.cache.get(key)
@@ -73,6 +102,7 @@ async def _attempts(
     )
     tokens = run.scope.prompt_tokens(messages)
     context = run.scope.profile.context
+    terms = _terms.get()
     repaired = False
     number = 0
     while True:
@@ -83,11 +113,12 @@ async def _attempts(
                 f"the model accepts {context:,}",
             )
         number += 1
+        again = number < terms.attempts
         messages[-1].additional_kwargs[CALL] = [role.name, key]
-        attempt = Attempt(number, key, tokens, finishing, stream, may_retry=number <= MAX_RETRIES)
+        attempt = Attempt(number, key, tokens, finishing, stream, again, terms.timeout)
         result = await attempt_call(run, role, messages, attempt)
         if isinstance(result, Failure):
-            if result.retryable and number <= MAX_RETRIES and run.take_retry():
+            if result.retryable and again and run.take_retry():
                 continue
             return result
         data, problem = parse(role, str(result.text))

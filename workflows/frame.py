@@ -18,7 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 
 from agentctx.memory.errors import ConfigError
-from agentctx.memory.types import Plan
+from agentctx.memory.types import Budget, Plan
 from agentctx.workflows.answering import answer_input, answer_pieces, direct_plan, whole_pieces
 from agentctx.workflows.conclude import Covered, conclude
 from agentctx.workflows.profile import Tier
@@ -34,11 +34,28 @@ Step = Callable[[RunContext, Any], Awaitable[dict[str, Any]]]  # of the strategy
 class Strategy(ABC):
     """A named way to answer. `graph()` is an ordinary, uncompiled LangGraph graph."""
 
-    name: ClassVar[str]
-    depth: ClassVar[int] = 0  # levels of strategies inside this one
     kinds: ClassVar[tuple[TaskKind, ...]] = ("search", "summarise")  # tasks it can do
-    state: ClassVar[type[State]] = State  # of its graph; a strategy with keys of its own extends it
     gives_way: ClassVar[bool] = True  # to one direct call, where the input fits that
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def state(self) -> type[State]:
+        """Of its graph; a strategy with keys of its own extends it."""
+        return State
+
+    @property
+    def listed(self) -> str:
+        """Its name in the registry, by which it is made again."""
+        return self.name
+
+    @property
+    def depth(self) -> int:
+        """Levels of strategies inside this one."""
+        return 0
 
     @abstractmethod
     def body_plan(self, scope: Scope) -> Plan:
@@ -55,6 +72,18 @@ class Strategy(ABC):
     def needs(self, scope: Scope) -> Tier:
         """What the model must be able to do for this to be worth its cost; below it a run says so."""
         return "reads"
+
+    def direct(self, scope: Scope) -> bool:
+        """True if one call over everything takes the place of the body."""
+        return self.gives_way and reads_directly(scope)
+
+    def chosen(self, scope: Scope) -> Strategy:
+        """The strategy that does the work; another one, where this one only chooses."""
+        return self
+
+    def allowed(self, budget: Budget) -> Budget:
+        """What a run may cost that was allowed `budget`."""
+        return budget
 
     def salvage(self, run: RunContext, state: State) -> list[list[Any]]:
         """Evidence that a cancelled run has found, best first, without a further call."""
@@ -75,10 +104,9 @@ class Strategy(ABC):
                 f"{self.name} runs another strategy inside; the budget allows depth {scope.budget.depth}",
                 hint="name a strategy instead, or raise --max-depth",
             )
-        return direct_plan(scope) if self._directly(scope) else self.body_plan(scope)
-
-    def _directly(self, scope: Scope) -> bool:
-        return self.gives_way and reads_directly(scope)
+        if self.direct(scope):
+            return direct_plan(scope)
+        return self.body_plan(scope)
 
     def graph(self) -> Graph:
         """The whole graph, uncompiled; its runs take a `RunContext` as context."""
@@ -95,7 +123,7 @@ class Strategy(ABC):
 
     async def _plan(self, run: RunContext, state: State) -> dict[str, Any]:
         run.trace.emit("plan.made", plan=asdict(run.plan))
-        if self._directly(run.scope):
+        if self.direct(run.scope):
             return {"route": "direct"}
         profile, needed = run.scope.profile, self.needs(run.scope)
         if needed not in profile.tiers:
@@ -139,8 +167,8 @@ def whole_covered(scope: Scope, state: State) -> Covered:
     )
 
 
-def add_node(graph: Graph, name: str, step: Step) -> None:
-    """Add a node that runs inside a span of the trace."""
+def add_node(graph: Graph, name: str, step: Step, *, defer: bool = False) -> None:
+    """Add a node that runs inside a span of the trace; a deferred one waits for all that is under way."""
 
     async def node(state: State, runtime: Runtime[RunContext]) -> dict[str, Any]:
         with runtime.context.trace.span(name):
@@ -149,7 +177,7 @@ def add_node(graph: Graph, name: str, step: Step) -> None:
             return update
 
     # Without it LangGraph would give the node what its annotation names, and not the strategy's own keys.
-    graph.add_node(name, node, input_schema=graph.state_schema)
+    graph.add_node(name, node, input_schema=graph.state_schema, defer=defer)
 
 
 def _route(entry: str) -> Callable[[State], str]:

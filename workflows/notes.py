@@ -45,7 +45,10 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
     for number in sorted(map(int, reads)):
         data = records[reads[str(number)]]
         spans = [made.chunks[i].span for i in made.reads[number].chunks]
-        for claim in _claims_in(run.scope, data, spans):
+        claims = stated(data)
+        if claims is None:
+            claims = _claims_of_text(run.scope, data["text"], spans)
+        for claim in claims:
             places = verified(run, claim["quotes"], spans)
             if places:
                 confidence = data.get("confidence", claim.get("confidence", 0))
@@ -53,14 +56,19 @@ def notes_of(run: RunContext, made: Cut, reads: Mapping[str, str]) -> list[Note]
     return notes
 
 
-def _claims_in(scope: Scope, data: Mapping[str, Any], spans: Sequence[Span]) -> Sequence[Mapping[str, Any]]:
-    """The statements of a read with the quotes given for them, whatever the read was for."""
+def stated(data: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The statements of a record with their quotes, whatever it was for; None for a record of plain text."""
     if "items" in data:
-        return [{"text": f"{item['key']}: {item['value']}", **item} for item in data["items"]]
+        return [{"text": item_text(i["key"], i["value"]), "quotes": i["quotes"]} for i in data["items"]]
     if "label" in data:
-        return [{"text": data["label"], **data}]
-    claims: Sequence[Mapping[str, Any]] | None = data.get("facts", data.get("points"))
-    return _claims_of_text(scope, data["text"], spans) if claims is None else claims
+        return [{"text": data["label"], "quotes": data["quotes"]}]
+    found: list[dict[str, Any]] | None = data.get("facts", data.get("points", data.get("claims")))
+    return found
+
+
+def item_text(key: str, value: str) -> str:
+    """An item as a statement."""
+    return f"{key}: {value}" if value else key
 
 
 def best_first(notes: Sequence[Note]) -> list[Note]:
@@ -99,12 +107,14 @@ async def _merge(run: RunContext, batch: Sequence[str]) -> str:
     if len(batch) == 1:
         return batch[0]
     records = run.cache.get_many(list(batch))
-    pieces = [(f"notes {n}", _fitted(run.scope, records[key]["points"])) for n, key in enumerate(batch, 1)]
+    pieces = [
+        (f"notes {n}", _fitted(run.scope, stated(records[key]) or ())) for n, key in enumerate(batch, 1)
+    ]
     result = await ask(run, run.scope.role(MERGE), run.scope.task.question, pieces, finishing=True)
     if isinstance(result, Record):
         return result.id
     run.warn("merge_failed", f"a merge failed ({result.message}); its notes were joined unmerged")
-    points = [point for key in batch for point in records[key]["points"]]
+    points = [point for key in batch for point in stated(records[key]) or ()]
     return keep_record(run, "joined", {"points": points[:MAX_POINTS], "no_information": not points})
 
 

@@ -29,14 +29,19 @@ STRATEGIES = {
 }
 
 
+# Made of a file (`workflows.definition`), not by name; a killed run is taken up through this.
+UNLISTED = {"definition": "agentctx.workflows.definition.strategy:Definition"}
+
+
 def strategy(name: str, **params: Any) -> Strategy:
     """The strategy of that name with these parameters.
 
     Raises ConfigError naming the known strategies or the known parameters.
     """
-    if name not in STRATEGIES:
+    places = STRATEGIES | UNLISTED
+    if name not in places:
         raise ConfigError(f"there is no strategy {name!r}", hint=f"choose one of: {', '.join(STRATEGIES)}")
-    module, attribute = STRATEGIES[name].split(":")
+    module, attribute = places[name].split(":")
     made: type[Strategy] = getattr(import_module(module), attribute)
     known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
     for param in params:

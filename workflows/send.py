@@ -40,6 +40,7 @@ class Attempt:
     finishing: bool
     stream: bool
     may_retry: bool
+    timeout: float | None = None  # seconds; None: what the run has
 
 
 async def attempt_call(
@@ -128,9 +129,10 @@ async def _pause(run: RunContext, seconds: float) -> None:
         return
 
 
-def _timeout(run: RunContext) -> float:
+def _timeout(run: RunContext, allowed: float | None) -> float:
     left = run.seconds_left()
-    return TIMEOUT if left is None else max(0.05, min(TIMEOUT, left))
+    most = allowed or TIMEOUT
+    return most if left is None else max(0.05, min(most, left))
 
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
@@ -138,7 +140,7 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
     call = asyncio.create_task(_invoke(run, role, messages, attempt.stream))
     stopped = asyncio.create_task(run.stop.requested())
     try:
-        async with asyncio.timeout(_timeout(run)):
+        async with asyncio.timeout(_timeout(run, attempt.timeout)):
             await asyncio.wait({call, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 async with asyncio.timeout(run.grace):

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from agentctx import __version__
-from agentctx.cli import ask, bench, config, doctor, each, exits, kv, models, rank, runs, trace
+from agentctx.cli import ask, bench, config, doctor, each, exits, kv, models, rank, runs, trace, workflow
 from agentctx.memory.errors import AgentctxError, ConfigError
 
 # typer keeps its copy of click private; a usage error is what a bad parameter is a case of.
@@ -28,6 +28,7 @@ app.command("summarize")(ask.summarize)
 app.command("rank")(rank.rank)
 app.command("map")(each.map_sources)
 app.add_typer(ask.plan, name="plan")
+app.add_typer(workflow.app, name="workflow")
 app.add_typer(models.app, name="models")
 app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")

@@ -42,29 +42,33 @@ class Aggregate(Pipeline):
         return []
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        items = items_of(run, made, state)
-        if not items:
-            return {"draft": no_information(run)}
-        operation = run.scope.task.operation or asked_for(run.scope.task.question)
-        text, result = _compute(run, operation, items)
-        values: dict[str, set[str]] = {}
-        for item in items:
-            values.setdefault(item.key.casefold(), set()).add(item.value)
-        conflicts = sorted(key for key, found in values.items() if len(found) > 1)
-        if conflicts:
-            run.warn("conflict", f"the sources state different values of: {', '.join(conflicts[:8])}")
-        draft = {
-            "text": text,
-            "claims": [claim_of(item) for item in items],
-            "no_information": False,
-            "value": {
-                "operation": operation,
-                "result": result,
-                "items": [{"key": item.key, "value": item.value} for item in items],
-                "conflicts": conflicts,
-            },
-        }
-        return {"draft": keep_record(run, "aggregate", draft)}
+        return {"draft": united(run, items_of(run, made, state), run.scope.task.operation)}
+
+
+def united(run: RunContext, items: Sequence[Item], operation: Operation | None) -> str:
+    """The record of what `operation` makes of the items; None: what the question wants."""
+    if not items:
+        return no_information(run)
+    operation = operation or asked_for(run.scope.task.question)
+    text, result = _compute(run, operation, items)
+    values: dict[str, set[str]] = {}
+    for item in items:
+        values.setdefault(item.key.casefold(), set()).add(item.value)
+    conflicts = sorted(key for key, found in values.items() if len(found) > 1)
+    if conflicts:
+        run.warn("conflict", f"the sources state different values of: {', '.join(conflicts[:8])}")
+    draft = {
+        "text": text,
+        "claims": [claim_of(item) for item in items],
+        "no_information": False,
+        "value": {
+            "operation": operation,
+            "result": result,
+            "items": [{"key": item.key, "value": item.value} for item in items],
+            "conflicts": conflicts,
+        },
+    }
+    return keep_record(run, "aggregate", draft)
 
 
 def asked_for(question: str) -> Operation:

@@ -5,6 +5,7 @@ Calls after the reads: none. Weights are the reads' own confidence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -59,9 +60,7 @@ class Classify(Pipeline):
     """The answer's `value` holds the label, its lead as a share of all weight, and every label's weight."""
 
     def question(self, scope: Scope) -> str:
-        if len({label.casefold() for label in scope.task.labels}) < 2:
-            raise ConfigError("a classification needs at least two labels", hint="--label yes --label no")
-        return f"{scope.task.question}\nLabels: {'; '.join(scope.task.labels)}"
+        return labelled(scope.task.question, scope.task.labels)
 
     def read_role(self, scope: Scope) -> Role:
         return scope.role(LABEL)
@@ -70,35 +69,47 @@ class Classify(Pipeline):
         return []
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        labels = {label.casefold(): label for label in run.scope.task.labels}
-        reads = state.get("reads", {})
-        records = run.cache.get_many(list(reads.values()))
-        ballots: list[tuple[str, float]] = []
-        quotes: dict[str, list[tuple[int, str]]] = {}
-        for number in sorted(map(int, reads)):
-            data = records[reads[str(number)]]
-            label = labels.get(data["label"].strip().casefold())
-            if data["no_information"]:
-                continue
-            if label is None:
-                run.warn("unknown_label", f"a read voted for {data['label']!r}, which is no label")
-                continue
-            spans = [made.chunks[i].span for i in made.reads[number].chunks]
-            good = [quote for quote in data["quotes"] if verified(run, [quote], spans)]
-            if not good:
-                run.warn("vote_without_quote", f"a vote for {label!r} quoted nothing that is in the text")
-                continue
-            ballots.append((label, float(max(1, data["confidence"]))))
-            quotes.setdefault(label, []).extend((data["confidence"], quote) for quote in good)
-        if not ballots:
-            return {"draft": no_information(run)}
-        winner, margin = vote(ballots, run.scope.task.labels)
-        weights = {label: sum(w for of, w in ballots if of == label) for label in run.scope.task.labels}
-        best = [quote for _, quote in sorted(quotes[winner], key=lambda found: -found[0])][:CITED]
-        draft = {
-            "text": winner,
-            "claims": [{"text": winner, "quotes": best}],
-            "no_information": False,
-            "value": {"label": winner, "margin": margin, "weights": weights},
-        }
-        return {"draft": keep_record(run, "vote", draft), "not_forwarded": len(quotes[winner]) - len(best)}
+        draft, left_out = elected(run, made, state.get("reads", {}), run.scope.task.labels)
+        return {"draft": draft, "not_forwarded": left_out}
+
+
+def labelled(question: str, labels: Sequence[str]) -> str:
+    """The question with the labels to choose from."""
+    if len({label.casefold() for label in labels}) < 2:
+        raise ConfigError("a classification needs at least two labels", hint="--label yes --label no")
+    return f"{question}\nLabels: {'; '.join(labels)}"
+
+
+def elected(run: RunContext, made: Cut, reads: Mapping[str, str], given: Sequence[str]) -> tuple[str, int]:
+    """The record of the label that the reads voted for, and how many of its quotes are not shown."""
+    labels = {label.casefold(): label for label in given}
+    records = run.cache.get_many(list(reads.values()))
+    ballots: list[tuple[str, float]] = []
+    quotes: dict[str, list[tuple[int, str]]] = {}
+    for number in sorted(map(int, reads)):
+        data = records[reads[str(number)]]
+        label = labels.get(data["label"].strip().casefold())
+        if data["no_information"]:
+            continue
+        if label is None:
+            run.warn("unknown_label", f"a read voted for {data['label']!r}, which is no label")
+            continue
+        spans = [made.chunks[i].span for i in made.reads[number].chunks]
+        good = [quote for quote in data["quotes"] if verified(run, [quote], spans)]
+        if not good:
+            run.warn("vote_without_quote", f"a vote for {label!r} quoted nothing that is in the text")
+            continue
+        ballots.append((label, float(max(1, data["confidence"]))))
+        quotes.setdefault(label, []).extend((data["confidence"], quote) for quote in good)
+    if not ballots:
+        return no_information(run), 0
+    winner, margin = vote(ballots, given)
+    weights = {label: sum(w for of, w in ballots if of == label) for label in given}
+    best = [quote for _, quote in sorted(quotes[winner], key=lambda found: -found[0])][:CITED]
+    draft = {
+        "text": winner,
+        "claims": [{"text": winner, "quotes": best}],
+        "no_information": False,
+        "value": {"label": winner, "margin": margin, "weights": weights},
+    }
+    return keep_record(run, "vote", draft), len(quotes[winner]) - len(best)

@@ -13,7 +13,7 @@ from pydantic import Field
 from agentctx.memory.types import Evidence
 from agentctx.workflows.combine import Item, merge
 from agentctx.workflows.cut import Cut
-from agentctx.workflows.notes import verified
+from agentctx.workflows.notes import item_text, verified
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.state import State
@@ -86,8 +86,7 @@ def items_of(run: RunContext, made: Cut, state: State) -> list[Item]:
 
 def claim_of(item: Item) -> dict[str, Any]:
     """The item as a statement with its quotes."""
-    text = f"{item.key}: {item.value}" if item.value else item.key
-    return {"text": text, "quotes": [evidence.quote for evidence in item.evidence]}
+    return {"text": item_text(item.key, item.value), "quotes": [evidence.quote for evidence in item.evidence]}
 
 
 def _plain(text: str) -> str:

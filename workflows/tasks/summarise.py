@@ -46,33 +46,34 @@ class Summarise(Pipeline):
         done = state.get("reads", {})
         groups = state["groups"] if "groups" in state else _by_part(made, done)
         if run.scope.profile.writes and any(len(group) > 1 for group in groups):
-            fan_in = self._most(run.scope)
+            fan_in = merge_width(run.scope, self.fan_in)
             groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
             if any(len(group) > 1 for group in groups):
                 return {"route": "finish", "groups": groups}
         draft, left_out = outline(run, made, groups, done)
         return {"groups": groups, "draft": draft, "not_forwarded": left_out}
 
-    def _most(self, scope: Scope) -> int:
-        """How many summaries fit one merge, each taken at its cap."""
-        merge, record = scope.role(MERGE), scope.role(SUMMARISE).max_output
-        empty = scope.prompt_tokens(merge.render(scope.task.question, [("notes 10", "")], scope.tag))
-        label = empty - scope.prompt_tokens(merge.render(scope.task.question, [], scope.tag))
-        room = scope.profile.window - merge.max_output - empty
-        return min(self.fan_in or MOST, room // (record + label))
-
     def _levels(self, scope: Scope, made: Cut) -> list[int]:
         """Merges by level, all parts together; a model that does not write merges nothing."""
         levels: list[int] = []
         if not scope.profile.writes:
             return levels
-        fan_in = self._most(scope)
+        fan_in = merge_width(scope, self.fan_in)
         for part in range(len(made.parts)):
             mine = cost.tree(sum(read.part == part for read in made.reads), fan_in).levels
             levels += [0] * (len(mine) - len(levels))
             for depth, count in enumerate(mine):
                 levels[depth] += count
         return levels
+
+
+def merge_width(scope: Scope, fan_in: int | None) -> int:
+    """How many summaries fit one merge, each taken at its cap."""
+    merge, record = scope.role(MERGE), scope.role(SUMMARISE).max_output
+    empty = scope.prompt_tokens(merge.render(scope.task.question, [("notes 10", "")], scope.tag))
+    label = empty - scope.prompt_tokens(merge.render(scope.task.question, [], scope.tag))
+    room = scope.profile.window - merge.max_output - empty
+    return min(fan_in or MOST, room // (record + label))
 
 
 def _by_part(made: Cut, done: dict[str, str]) -> list[list[str]]:
