@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
 from pydantic import ValidationError
 
@@ -35,16 +36,20 @@ async def ask(
     *,
     finishing: bool = False,
     stream: bool = False,
+    model: BaseChatModel | None = None,
 ) -> Record | Failure:
     """Play `role` on the pieces and return its checked record, or a typed failure.
 
-    `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events.
+    `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events;
+    `model` takes the place of the run's: the same one over composed keys and values, whose answers are kept
+    apart.
     """
     key = call_key(
         model=run.scope.profile.fingerprint,
         role=[role.name, role.version, role.max_output],
         question=question,
         pieces=[[label, _digest(text)] for label, text in pieces],
+        **({"composed": True} if model else {}),
     )
     with run.trace.span():
         cached = run.cache.get(key)
@@ -53,7 +58,8 @@ async def ask(
             run.trace.emit("cache.hit", role=role.name, key=key)
             return Record(key, role.name, cached)
         if key not in run.inflight:
-            work = _attempts(run, role, question, pieces, key, finishing=finishing, stream=stream)
+            by = model or run.model
+            work = _attempts(run, role, question, pieces, key, by, finishing=finishing, stream=stream)
             task = asyncio.create_task(work)
             run.inflight[key] = task
             task.add_done_callback(lambda _: run.inflight.pop(key, None))
@@ -65,7 +71,15 @@ async def ask(
 
 
 async def _attempts(
-    run: RunContext, role: Role, question: str, pieces: Pieces, key: str, *, finishing: bool, stream: bool
+    run: RunContext,
+    role: Role,
+    question: str,
+    pieces: Pieces,
+    key: str,
+    model: BaseChatModel,
+    *,
+    finishing: bool,
+    stream: bool,
 ) -> Record | Failure:
     messages = role.render(question, pieces, run.scope.tag)
     messages[-1].additional_kwargs[SOURCES] = sorted(
@@ -83,9 +97,8 @@ async def _attempts(
                 f"the model accepts {context:,}",
             )
         number += 1
-        result = await attempt_call(
-            run, role, messages, Attempt(number, tokens, finishing, stream, may_retry=number <= MAX_RETRIES)
-        )
+        attempt = Attempt(number, tokens, finishing, stream, may_retry=number <= MAX_RETRIES, model=model)
+        result = await attempt_call(run, role, messages, attempt)
         if isinstance(result, Failure):
             if result.retryable and number <= MAX_RETRIES and run.take_retry():
                 continue

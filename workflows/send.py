@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import message_chunk_to_message
 
@@ -37,6 +38,7 @@ class Attempt:
     finishing: bool
     stream: bool
     may_retry: bool
+    model: BaseChatModel
 
 
 async def attempt_call(
@@ -118,7 +120,7 @@ def _timeout(run: RunContext) -> float:
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
     """The call itself, ended by its timeout or by the grace time after a stop request."""
-    call = asyncio.create_task(_invoke(run, role, messages, attempt.stream))
+    call = asyncio.create_task(_invoke(run, role, messages, attempt))
     stopped = asyncio.create_task(run.stop.requested())
     try:
         async with asyncio.timeout(_timeout(run)):
@@ -133,12 +135,12 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
         await asyncio.gather(call, stopped, return_exceptions=True)
 
 
-async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], stream: bool) -> AIMessage:
-    if not stream:
-        reply = await run.model.ainvoke(list(messages), max_tokens=role.max_output)
+async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
+    if not attempt.stream:
+        reply = await attempt.model.ainvoke(list(messages), max_tokens=role.max_output)
         return reply if isinstance(reply, AIMessage) else AIMessage(str(reply.text))
     whole = None
-    async for chunk in run.model.astream(list(messages), max_tokens=role.max_output):
+    async for chunk in attempt.model.astream(list(messages), max_tokens=role.max_output):
         run.trace.emit("token", text=str(chunk.text))
         whole = chunk if whole is None else whole + chunk
     if whole is None:
