@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -108,19 +108,18 @@ class Vectors:
 
     def settle(self) -> list[_File]:
         """Bring all vectors into files, making again what is damaged. Returns the files."""
-        files, end = self._files(), self._end()
-        if not self._whole(files, end):
+        while not self._whole(files := self._files()):
             with self.database.write() as db:  # nobody else makes files meanwhile
-                kept = {one.first: one for one in self._files() if self._open(one) is not None}
+                old = {one.first: one for one in self._files()}
+                lost = [one for one in old.values() if self._open(one) is None]
+                self.warnings += [f"the index file {one.name} is damaged: it was made again" for one in lost]
                 end = self._end()
                 for first in range(1, end + 1, SHARD):
                     last = min(first + SHARD - 1, end)
-                    old = kept.get(first)
-                    if old is None or old.last != last:
+                    if first not in old or old[first] in lost or old[first].last != last:
                         made = self._make(first, last)
                         db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", made)
-            files = self._files()
-            self._sweep(files)
+            self._sweep()
         return files
 
     def verify(self) -> list[str]:
@@ -140,9 +139,10 @@ class Vectors:
             mask[inside - one.first] = True
             if not len(inside):
                 continue
-            bits = np.packbits(mask, bitorder="little")
-            chosen = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
-            scores, places = self._opened[one].search(rows, min(k, len(inside)), params=chosen)
+            select: Any = faiss.IDSelectorBitmap  # its types are those of C++, and what it takes is arrays
+            chosen: Any = faiss.SearchParameters
+            params = chosen(sel=select(np.packbits(mask, bitorder="little")))
+            scores, places = self._opened[one].search(rows, min(k, len(inside)), params=params)
             found += [
                 (one.first + int(place), float(score))
                 for place, score in zip(places[0], scores[0], strict=True)
@@ -158,12 +158,12 @@ class Vectors:
         rows = self.database.rows("SELECT seq FROM sqlite_sequence WHERE name = 'vectors'")
         return int(rows[0][0]) if rows else 0
 
-    def _whole(self, files: Sequence[_File], end: int) -> bool:
+    def _whole(self, files: Sequence[_File]) -> bool:
         covered = files[-1].last if files else 0
-        return covered == end and all(self._open(one) is not None for one in files)
+        return covered == self._end() and all(self._open(one) is not None for one in files)
 
     def _open(self, one: _File) -> faiss.Index | None:
-        """The file mapped into memory, None (and a warning) if it is not what was written."""
+        """The file mapped into memory, None if it is not what was written."""
         if one not in self._opened:
             path = self._folder / one.name
             try:
@@ -171,8 +171,6 @@ class Vectors:
                     raise RuntimeError("its checksum differs")
                 self._opened[one] = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except (OSError, RuntimeError):  # what FAISS raises
-                said = f"the index file {one.name} is damaged or missing; it is made again"
-                self.warnings += [] if said in self.warnings else [said]
                 return None
         return self._opened[one]
 
@@ -198,16 +196,16 @@ class Vectors:
             raise
         return _File(first, last, name, checksum)
 
-    def _sweep(self, files: Sequence[_File]) -> None:
+    def _sweep(self) -> None:
         """Delete files that no row names: earlier states of the last one."""
-        named = {one.name for one in files}
+        with self.database.write():  # or it would delete what another process is about to name
+            files = self._files()
+            named = {one.name for one in files}
+            for path in self._folder.glob("*.faiss"):
+                if path.name not in named:
+                    with suppress(OSError):
+                        path.unlink()
         self._opened = {one: index for one, index in self._opened.items() if one in files}
-        for one in files:
-            self._open(one)
-        for path in self._folder.glob("*.faiss"):
-            if path.name not in named:
-                with suppress(OSError):
-                    path.unlink()
 
     @property
     def _folder(self) -> Path:

@@ -82,9 +82,7 @@ class MeteredReader:
             sources = await asyncio.to_thread(lambda: [run.scope.holders(text) for text in texts])
             return await reader.likelihood(question, texts, sources)
 
-        return await metered(
-            run, reader.likelihood_cost(question, texts), look, finishing=self._finishing
-        )
+        return await metered(run, reader.likelihood_cost(question, texts), look, finishing=self._finishing)
 
     def _key(self, question: str, text: str) -> str:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

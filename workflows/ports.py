@@ -64,7 +64,11 @@ class KVIndex(Protocol):
     """
 
     passage_tokens: int  # documents were cut into passages of so many tokens at most
-    reader: Reader  # gives likelihoods from what is kept
+
+    @property
+    def reader(self) -> Reader:
+        """Gives likelihoods from what is kept."""
+        ...
 
     def held(self, texts: Sequence[str]) -> list[bool]:
         """Which of these passages are in the index."""

@@ -135,7 +135,9 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
         await asyncio.gather(call, stopped, return_exceptions=True)
 
 
-async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
+async def _invoke(
+    run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt
+) -> AIMessage:
     if not attempt.stream:
         reply = await attempt.model.ainvoke(list(messages), max_tokens=role.max_output)
         return reply if isinstance(reply, AIMessage) else AIMessage(str(reply.text))

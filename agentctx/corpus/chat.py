@@ -58,9 +58,7 @@ class ComposedChat(LocalChat):
         if not known:
             return super()._begin(prompt, cancelled)
         ends = [*(one.start for one in known[1:]), len(prompt)]
-        context, hidden = self.weights.engine.begin(
-            prompt[: known[0].start], keep=True, cancelled=cancelled
-        )
+        context, hidden = self.weights.engine.begin(prompt[: known[0].start], keep=True, cancelled=cancelled)
         computed, warnings = context.computed, list(context.warnings)
         try:
             for one, end in zip(known, ends, strict=True):
@@ -112,7 +110,7 @@ class ComposedChat(LocalChat):
 
 
 def stretches(prompt: Sequence[int], kept: Sequence[Kept], repair: int = 0) -> Iterator[Stretch]:
-    """Where passages stand in a prompt, in its order; each once, without overlap, and never its last token."""
+    """Where passages stand in a prompt, in its order; each once, without overlap, never its last token."""
     whole = np.asarray(prompt, "<i4").tobytes()
     found = []
     for one in kept:
@@ -130,7 +128,7 @@ def stretches(prompt: Sequence[int], kept: Sequence[Kept], repair: int = 0) -> I
             end += 1
         found.append(Stretch(start + repair, min(end, len(prompt) - 1), one, first + repair))
     last = 1  # something stands before the first
-    for one in sorted(found, key=lambda stretch: stretch.start):
-        if last <= one.start < one.end:
-            yield one
-            last = one.end
+    for stretch in sorted(found, key=lambda stretch: stretch.start):
+        if last <= stretch.start < stretch.end:
+            yield stretch
+            last = stretch.end

@@ -5,8 +5,8 @@
 
 A passage is read behind what opens a user's turn, so that the first tokens, to which every later one attends
 whatever they are (arXiv 2309.17453), are the same for all. Its KV goes to the block store in 8 bits: in
-`benchmarks/results/kv_dtype.json` the loss does not rise by that, at half the bytes. What was kept so is known
-apart from texts that were kept as they are.
+`benchmarks/results/kv_dtype.json` the loss does not rise by that, at half the bytes. What was kept so is
+known apart from texts that were kept as they are.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from langchain_core.language_models import BaseChatModel
 from torch import Tensor
 
 from agentctx.corpus.chat import ComposedChat, Kept
+from agentctx.corpus.held import opened, prune
 from agentctx.corpus.keys import QUESTIONS, Measure, router_layers, unrotated
-from agentctx.memory.database import Database
-from agentctx.memory.errors import ConfigError, ModelError, StoreError
-from agentctx.memory.kv import catalog
+from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.catalog import Catalog, Passage, passage_name
 from agentctx.memory.kv.dtype import Keep
+from agentctx.memory.kv.quantised import QuantisedPool
 from agentctx.memory.types import Document
-from agentctx.memory.vectors import SCHEMA, Floats, Vectors
+from agentctx.memory.vectors import Vectors
 from agentctx.models.local import LocalChat
 from agentctx.models.reader import LikelihoodReader
 from agentctx.reading.frame import turn
@@ -42,12 +41,10 @@ if TYPE_CHECKING:
     from agentctx.models.load import Model
     from agentctx.runtime.context import Context
 
-VERSION = 1
 PASSAGE_TOKENS = 200
 TOGETHER = 32  # passages that are read, and become part of the index, at once
 KEEP: Keep = "int8"
 FULL = 0.9  # of the budget of KV that passages may take: the rest is for what is asked meanwhile
-DATABASE = "index.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +62,13 @@ class Index:
 
     def __init__(self, folder: Path, model: Model) -> None:
         """Made at `folder` if there is none. ModelError (unsupported) for what keeps no KV on disk."""
-        if not isinstance(model.chat, LocalChat) or model.chat.weights.engine.store is None:
+        if not usable(model):
             raise ModelError(
-                f"{model.profile.name} keeps nothing of what it reads, so nothing can be indexed",
+                f"{model.profile.name} as it is opened keeps nothing of what it reads that can be composed",
                 code="unsupported",
-                hint="name a local model, with kv_bytes above 0 and without --ephemeral",
+                hint="name a local model with dense attention, kv_dtype auto and kv_bytes above 0",
             )
+        assert isinstance(model.chat, LocalChat) and model.chat.weights.engine.store is not None
         self.chat = model.chat
         self.counter = model.counter
         self.engine = model.chat.weights.engine
@@ -79,7 +77,7 @@ class Index:
         self.before = tokenizer.encode(turn(model.chat.template)[0])
         self.reader = LikelihoodReader(self.engine, tokenizer, before=self.before, keep=KEEP)
         self.passage_tokens = min(PASSAGE_TOKENS, self.engine.window // 4)
-        self.database = Database(folder / DATABASE, f"{SCHEMA};{catalog.SCHEMA}", VERSION)
+        self.database = opened(folder)
         self.catalog = Catalog(self.database)
         shape = self.engine.body.shape
         self._shape = (len(router_layers(self.engine)), shape.kv_heads, shape.head_dim)
@@ -124,7 +122,7 @@ class Index:
                 done += sum(one.tokens for one in read)
                 if progress:
                     progress(done, total)
-            self._prune()
+            prune(self.catalog, self.vectors, self.store)
         finally:
             self.vectors.settle()
         return Added(len(texts), len(fresh), computed, tuple(self._told()))
@@ -151,11 +149,6 @@ class Index:
             for text, ids in self.reader.held_as(texts).items()
         )
         return ComposedChat(**fields, kept=kept, keep=KEEP)
-
-    def remove(self, roots: Sequence[str]) -> int:
-        """Take paths out of the index, and delete what only they held. Returns the bytes of KV freed."""
-        self.catalog.leave(roots)
-        return self._prune()
 
     def _nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
         ids = self._asked(question)
@@ -257,17 +250,6 @@ class Index:
             hint="raise kv_bytes and index again: it goes on where it was",
         )
 
-    def _prune(self) -> int:
-        """Delete passages of no document, with the KV that no other passage shares."""
-        unused = self.catalog.unused()
-        if not unused:
-            return 0
-        self.catalog.drop(unused)
-        self.vectors.drop(one.name for one in unused)
-        shared = {name for one in self.catalog.passages().values() for name in one.blocks}
-        gone = {name for one in unused for name in one.blocks} - shared
-        return self.store.shelf.delete(self.store.files(sorted(gone)))
-
     def _told(self) -> list[str]:
         told, self.vectors.warnings = self.vectors.warnings, []
         return told
@@ -277,3 +259,12 @@ def folder_of(root: Path, model: Model) -> Path:
     """Where the index of a local model is, or would be, under `root`."""
     assert isinstance(model.chat, LocalChat)
     return root / model.chat.weights.engine.root[:16]
+
+
+def usable(model: Model) -> bool:
+    """Whether a model keeps what it reads, and can go on from pieces of it."""
+    if not isinstance(model.chat, LocalChat):
+        return False
+    engine = model.chat.weights.engine
+    plain = not isinstance(engine.pool, QuantisedPool) and None not in engine.body.rotations()
+    return plain and engine.store is not None and engine.method.joins and not engine.method.evicts

@@ -74,7 +74,8 @@ def unrotated(engine: Engine, context: Context, first: int, count: int) -> Tenso
 
 def block_means(keys: Tensor) -> Tensor:
     """The mean of every 64 tokens: `[blocks, router layers, Hkv, D]`."""
-    return torch.stack([block.mean(0) for block in keys.split(PAGE_TOKENS)])
+    starts = range(0, len(keys), PAGE_TOKENS)
+    return torch.stack([keys[start : start + PAGE_TOKENS].mean(0) for start in starts])
 
 
 class Measure:
@@ -99,7 +100,8 @@ class Measure:
 
     def question(self, keys: Tensor) -> Floats:
         """The vector of a question, float32 `[size]`; a product with a passage's is their mean cosine."""
-        return self._vectors(keys.mean(0, keepdim=True) - self.asked)[0]
+        (found,) = self._vectors(keys.mean(0, keepdim=True) - self.asked)
+        return np.asarray(found, np.float32)
 
     def packed(self) -> bytes:
         return torch.stack([self.centre, self.scale, self.asked]).numpy().astype("<f4").tobytes()

@@ -31,10 +31,11 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What was indexed under one path."""
+    """What was indexed under one path: the `passages` that were read, of `total`."""
 
     root: str
     documents: int
+    total: int
     passages: tuple[Passage, ...]
 
 
@@ -90,7 +91,7 @@ class Catalog:
     def listed(self, root: str) -> Listed:
         rows = self.database.rows("SELECT passages FROM documents WHERE root = ?", (root,))
         names = {name for (found,) in rows for name in json.loads(found)}
-        return Listed(root, len(rows), tuple(self.passages(names).values()))
+        return Listed(root, len(rows), len(names), tuple(self.passages(names).values()))
 
     def unused(self) -> list[Passage]:
         """Passages of no document: of earlier states of changed files, or of paths that were taken out."""

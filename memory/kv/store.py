@@ -76,8 +76,8 @@ class BlockStore:
     def put(self, name: str, k: Tensor, v: Tensor, codec: str | None = None) -> None:
         """Store a block `[layers, Hkv, tokens, D]`, making room first. Present: nothing is done.
 
-        `codec` None: the store's. int8 and int4 apply to whole blocks; a shorter one, the end of a text, stays as it is. Raises
-        StoreError (no_space, unwritable) and leaves no part of a file.
+        `codec` None: the store's. int8 and int4 apply to whole blocks; a shorter one, the end of a text,
+        stays as it is. Raises StoreError (no_space, unwritable) and leaves no part of a file.
         """
         path = self._path(name)
         if path.exists():
