@@ -78,6 +78,10 @@ class Database:
     def one(self, sql: str, args: Sequence[Any] = ()) -> Any:
         return self.rows(sql, args)[0]
 
+    def state(self) -> tuple[int, int]:
+        """Changes whenever the content may have: by others, by this object."""
+        return int(self.one("PRAGMA data_version")[0]), self._db.total_changes
+
     def close(self) -> None:
         self._db.close()
 

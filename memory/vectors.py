@@ -55,6 +55,7 @@ class Vectors:
         self.size = size
         self.warnings: list[str] = []
         self._opened: dict[_File, faiss.Index] = {}
+        self._seen: tuple[tuple[int, int], dict[int, str], dict[str, list[int]]] | None = None
 
     def put(self, vectors: Mapping[str, Floats]) -> None:
         """Add the vectors `[n, size]` of owners, all or none; an owner that is known keeps its own.
@@ -86,15 +87,11 @@ class Vectors:
     def search(self, query: Floats, k: int, among: Sequence[str] | None = None) -> list[Hit]:
         """The `k` best owners for `query [size]`, of those in `among` if it is given, the best first."""
         files = self.settle()
-        wanted = None if among is None else set(among)
-        owners = {
-            number: owner
-            for number, owner in self.database.rows("SELECT id, owner FROM vectors")
-            if wanted is None or owner in wanted
-        }
-        if not owners or k < 1:
+        owners, places = self._listed()
+        chosen = places if among is None else dict.fromkeys(among)
+        ids = np.array([number for owner in chosen for number in places.get(owner, ())], np.int64)
+        if not len(ids) or k < 1:
             return []
-        ids = np.fromiter(owners, np.int64, len(owners))
         width = min(len(ids), max(FIRST, 4 * k))
         while True:
             found: dict[str, float] = {}
@@ -149,6 +146,17 @@ class Vectors:
                 if place >= 0
             ]
         return sorted(found, key=lambda hit: -hit[1])[:k]
+
+    def _listed(self) -> tuple[dict[int, str], dict[str, list[int]]]:
+        """The owner of every id and the ids of every owner, read again when the database changed."""
+        now = self.database.state()
+        if self._seen is None or self._seen[0] != now:
+            owners: dict[int, str] = dict(self.database.rows("SELECT id, owner FROM vectors"))
+            places: dict[str, list[int]] = {}
+            for number, owner in owners.items():
+                places.setdefault(owner, []).append(number)
+            self._seen = now, owners, places
+        return self._seen[1:]
 
     def _files(self) -> list[_File]:
         return [_File(*row) for row in self.database.rows("SELECT * FROM files ORDER BY first")]

@@ -28,6 +28,7 @@ from agentctx.corpus.keys import QUESTIONS, Measure, router_layers, unrotated
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.catalog import Catalog, Passage, passage_name
 from agentctx.memory.kv.dtype import Keep
+from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.quantised import QuantisedPool
 from agentctx.memory.types import Document
 from agentctx.memory.vectors import Vectors
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 PASSAGE_TOKENS = 200
 TOGETHER = 32  # passages that are read, and become part of the index, at once
 KEEP: Keep = "int8"
+HEAD = 1024  # bytes of a block that are no keys or values, at most
 FULL = 0.9  # of the budget of KV that passages may take: the rest is for what is asked meanwhile
 
 
@@ -108,15 +110,18 @@ class Index:
         self.catalog.enter(root, names)
         texts = list(dict.fromkeys(text for _, found in cut.values() for text in found))
         fresh = [text for text, held in zip(texts, self.held(texts), strict=True) if not held]
-        total, done, computed = sum(map(self.counter.count_text, fresh)), 0, 0
-        room = int(self.store.shelf.budget * FULL) - self._bytes(self.catalog.passages().values())
+        wanted, total = len(fresh), sum(map(self.counter.count_text, fresh))
+        done = computed = 0
+        kept = self.catalog.passages()
+        self.store.used([name for one in kept.values() for name in one.blocks])  # other texts leave first
+        room = int(self.store.shelf.budget * FULL) - self._bytes(kept.values())
         try:
-            for start in range(0, len(fresh), TOGETHER):
-                if cancel is not None and cancel.is_set():
-                    break
-                if room <= 0:
-                    raise self._full(len(fresh) - start)
-                read, new = self._read(fresh[start : start + TOGETHER])
+            while fresh and not (cancel is not None and cancel.is_set()):
+                count = self._fitting(fresh[:TOGETHER], room)
+                if not count:
+                    raise self._full(len(fresh))
+                read, new = self._read(fresh[:count])
+                fresh = fresh[count:]
                 room -= self._bytes(read)
                 computed += new
                 done += sum(one.tokens for one in read)
@@ -125,7 +130,7 @@ class Index:
             prune(self.catalog, self.vectors, self.store)
         finally:
             self.vectors.settle()
-        return Added(len(texts), len(fresh), computed, tuple(self._told()))
+        return Added(len(texts), wanted, computed, tuple(self._told()))
 
     def held(self, texts: Sequence[str]) -> list[bool]:
         names = [passage_name(text) for text in texts]
@@ -178,10 +183,11 @@ class Index:
                 for context, one in zip(contexts, passages, strict=True)
             ]
             computed = sum(context.computed for context in contexts)
-            said = [warning for context in contexts for warning in context.warnings]
+            for context in contexts:
+                self.engine.keep(context, KEEP)
         if lost := [one for one in passages if not self._complete(one)]:
             raise StoreError(
-                said[-1] if said else f"{len(lost)} passages were read and could not be kept",
+                f"{len(lost)} passages were read and left the disk at once",
                 code="no_space",
                 hint="free some space or raise kv_bytes, and index again: it goes on where it was",
             )
@@ -241,6 +247,16 @@ class Index:
     def _bytes(self, passages: Iterable[Passage]) -> int:
         paths = self.store.files([name for one in passages for name in one.blocks])
         return sum(path.stat().st_size for path in set(paths) if path.exists())
+
+    def _fitting(self, texts: Sequence[str], room: int) -> int:
+        """How many of these texts certainly fit in so many bytes: as whole blocks, before any codec."""
+        block, count = self.engine.body.shape.page_bytes + HEAD, 0
+        for ids in self.reader.held_as(texts).values():
+            room -= -(-len(ids) // PAGE_TOKENS) * block
+            if room < 0:
+                break
+            count += 1
+        return count
 
     def _full(self, left: int) -> StoreError:
         return StoreError(

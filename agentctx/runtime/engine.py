@@ -158,6 +158,18 @@ class Engine:
         """The names of the blocks on disk that `ids`, read with `keep`, are or would be kept in."""
         return [block.name for block in self._named(ids, keep)]
 
+    def keep(self, context: Context, keep: Keep) -> None:
+        """Write what is missing on disk of a text that was read with `keep`: it may have been in memory only.
+
+        Raises StoreError (no_space, unwritable).
+        """
+        for block in self._named(context.ids, keep) if self.store else ():
+            if self.store and block.name not in self.store:
+                page = context.table.pages[block.start // PAGE_TOKENS]
+                with self.lock:
+                    k, v = self.pool.read(page, block.end - block.start)
+                self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
+
     def name(self, ids: Sequence[int], documents: Sequence[str], keep: Keep = True) -> None:
         """Write down, for what is kept on disk of `ids`, which documents' text it is."""
         if self.store is None or not documents:
