@@ -157,7 +157,7 @@ class Index:
 
     def _nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
         ids = self._asked(question)
-        with self._holding([ids]) as (context,):
+        with self._holding([ids], False) as (context,):
             count = len(ids) - len(self.before)
             vector = self._measure().question(unrotated(self.engine, context, len(self.before), count))
             computed, reused = context.computed, context.reused
@@ -202,7 +202,8 @@ class Index:
         """What this index compares keys by: fixed by the first passages that it was made of."""
         found = self.catalog.fact("measure")
         if found is None:
-            with self._holding([self._asked(question) for question in QUESTIONS]) as contexts:
+            questions = [self._asked(question) for question in QUESTIONS]
+            with self._holding(questions, False) as contexts:
                 first = len(self.before)
                 asked = [unrotated(self.engine, one, first, len(one.ids) - first) for one in contexts]
             self.catalog.state({"measure": Measure.of(keys, asked).packed()})
@@ -232,9 +233,9 @@ class Index:
         return [*self.before, *self.chat.template.encode_text(question.strip())]
 
     @contextmanager
-    def _holding(self, texts: list[list[int]]) -> Iterator[list[Context]]:
-        """Contexts over these tokens, closed at the end. Questions are not kept on disk."""
-        contexts = self.engine.read_all(texts, keep=KEEP)
+    def _holding(self, texts: list[list[int]], keep: Keep = KEEP) -> Iterator[list[Context]]:
+        """Contexts over these tokens, closed at the end."""
+        contexts = self.engine.read_all(texts, keep=keep)
         try:
             yield contexts
         finally:

@@ -17,7 +17,17 @@ from agentctx.workflows.registry import STRATEGIES, build
 NEEDLE = r"The code of (\w+ is \w+)\."
 QUESTION = "What is the code of Zed?"
 TASKS = ("ask", "summarize")
-QUESTIONS_ONLY = ("direct", "spans", "lexical", "search", "agents", "gist", "continue", "experience")
+QUESTIONS_ONLY = (
+    "direct",
+    "spans",
+    "kv_retrieval",
+    "lexical",
+    "search",
+    "agents",
+    "gist",
+    "continue",
+    "experience",
+)
 # A model that only reads gives them nothing; it must break nothing either.
 WRITERS_ONLY = ("fold", "search", "agents", "gist", "continue", "experience")
 WRITES, READS = frozenset({"reads", "writes"}), frozenset({"reads"})
