@@ -47,6 +47,12 @@ class _File(NamedTuple):
     checksum: str
 
 
+class _Listed(NamedTuple):
+    owners: dict[int, str]  # by id
+    places: dict[str, list[int]]  # ids by owner
+    ids: NDArray[np.int64]
+
+
 class Vectors:
     """Vectors float32 of `size` numbers, in `database` (which has `SCHEMA`) and FAISS files beside it."""
 
@@ -55,7 +61,7 @@ class Vectors:
         self.size = size
         self.warnings: list[str] = []
         self._opened: dict[_File, faiss.Index] = {}
-        self._seen: tuple[tuple[int, int], dict[int, str], dict[str, list[int]]] | None = None
+        self._seen: tuple[tuple[int, int], _Listed] | None = None
 
     def put(self, vectors: Mapping[str, Floats]) -> None:
         """Add the vectors `[n, size]` of owners, all or none; an owner that is known keeps its own.
@@ -87,9 +93,10 @@ class Vectors:
     def search(self, query: Floats, k: int, among: Sequence[str] | None = None) -> list[Hit]:
         """The `k` best owners for `query [size]`, of those in `among` if it is given, the best first."""
         files = self.settle()
-        owners, places = self._listed()
-        chosen = places if among is None else dict.fromkeys(among)
-        ids = np.array([number for owner in chosen for number in places.get(owner, ())], np.int64)
+        owners, places, ids = self._listed()
+        if among is not None:
+            chosen = (number for owner in dict.fromkeys(among) for number in places.get(owner, ()))
+            ids = np.fromiter(chosen, np.int64)
         if not len(ids) or k < 1:
             return []
         width = min(len(ids), max(FIRST, 4 * k))
@@ -147,16 +154,16 @@ class Vectors:
             ]
         return sorted(found, key=lambda hit: -hit[1])[:k]
 
-    def _listed(self) -> tuple[dict[int, str], dict[str, list[int]]]:
-        """The owner of every id and the ids of every owner, read again when the database changed."""
+    def _listed(self) -> _Listed:
+        """Who has which vectors, read again when the database changed."""
         now = self.database.state()
         if self._seen is None or self._seen[0] != now:
             owners: dict[int, str] = dict(self.database.rows("SELECT id, owner FROM vectors"))
             places: dict[str, list[int]] = {}
             for number, owner in owners.items():
                 places.setdefault(owner, []).append(number)
-            self._seen = now, owners, places
-        return self._seen[1:]
+            self._seen = now, _Listed(owners, places, np.fromiter(owners, np.int64, len(owners)))
+        return self._seen[1]
 
     def _files(self) -> list[_File]:
         return [_File(*row) for row in self.database.rows("SELECT * FROM files ORDER BY first")]
