@@ -82,11 +82,6 @@ class Vectors:
         with self.database.write() as db:
             db.executemany("DELETE FROM vectors WHERE owner = ?", [(owner,) for owner in owners])
 
-    def known(self, owners: Iterable[str]) -> set[str]:
-        """Those of `owners` that have vectors."""
-        held = {owner for (owner,) in self.database.rows("SELECT DISTINCT owner FROM vectors")}
-        return held.intersection(owners)
-
     def __len__(self) -> int:
         return int(self.database.one("SELECT count(*) FROM vectors")[0])
 

@@ -35,6 +35,7 @@ from agentctx.memory.vectors import Vectors
 from agentctx.models.local import LocalChat
 from agentctx.models.reader import LikelihoodReader
 from agentctx.reading.frame import turn
+from agentctx.reading.sources import Source, gathered
 from agentctx.workflows.ports import Scores
 from agentctx.workflows.split import split
 
@@ -205,11 +206,24 @@ class Index:
             questions = [self._asked(question) for question in QUESTIONS]
             with self._holding(questions, False) as contexts:
                 first = len(self.before)
+                self._try_composing(contexts[0])
                 asked = [unrotated(self.engine, one, first, len(one.ids) - first) for one in contexts]
             self.catalog.state({"measure": Measure.of(keys, asked).packed()})
             found = self.catalog.fact("measure")
         assert found is not None
         return Measure.unpacked(found, self._shape)
+
+    def _try_composing(self, context: Context) -> None:
+        """Raise ModelError (unsupported) before anything is indexed for a model that cannot go on from it."""
+        source = Source.of(self.engine, context.table)
+        try:
+            joined = gathered(self.engine, [source], context.ids, len(context.ids))
+        finally:
+            source.close(self.engine)
+        try:
+            joined.feed(context.ids[-1:])
+        finally:
+            joined.close()
 
     def _check(self, name: str) -> None:
         """Refuse an index of another model or of passages that are cut or kept differently."""

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
@@ -200,6 +201,16 @@ def test_what_cannot_be_composed_is_not_indexed(roomy, paths, options):
     with pytest.raises(ModelError) as caught:
         Index.open(paths.index, model(roomy, paths, **options))
     assert caught.value.code == "unsupported"
+
+
+def test_a_model_with_windows_is_refused_before_anything_is_indexed(tiny_model, paths, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "windows")
+    tiny.tiny("Mistral", sliding_window=100, vocab_size=259).save_pretrained(folder)
+    index = Index.open(paths.index, model(folder, paths))
+    with pytest.raises(ModelError) as caught:
+        index.add("d", documents(1))
+    assert caught.value.code == "unsupported"
+    assert not index.catalog.passages()
 
 
 def test_questions_over_an_index_compute_little_and_nothing_stale_is_served(roomy, paths, tmp_path):

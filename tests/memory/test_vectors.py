@@ -90,7 +90,7 @@ def test_an_owner_is_entered_once_and_all_or_none(tmp_path):
     assert len(found) == 2
     with pytest.raises(ValueError, match=r"not \[n, 8\]"):
         found.put({"c": drawn(1), "d": np.zeros((1, 3), np.float32)})
-    assert found.known(["a", "b", "c"]) == {"a", "b"}
+    assert {hit.owner for hit in found.search(drawn(1)[0], 9)} == {"a", "b"}
 
 
 def test_several_write_at_once(tmp_path):
