@@ -98,6 +98,7 @@ class Context:
         free). `concurrency`: calls in flight at an endpoint (None: 8).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
+        from agentctx.corpus.attach import with_index
         from agentctx.models.load import open_model
 
         corpus = corpus_of(sources, text, selection or Selection(), stdin)
@@ -116,7 +117,7 @@ class Context:
                 "memory_bytes": memory_bytes,
                 "concurrency": concurrency,
             }
-            model = open_model(**options, paths=paths, offline=offline, progress=progress)
+            model = with_index(open_model(**options, paths=paths, offline=offline, progress=progress), paths)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
         return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral)
 
@@ -228,6 +229,7 @@ class Context:
 
         `budget` replaces the run's own. A run that is complete returns its answer at once.
         """
+        from agentctx.corpus.attach import with_index
         from agentctx.models.load import open_model
 
         paths = paths or Paths.default()
@@ -246,6 +248,7 @@ class Context:
                 hint="open a Context with that model and ask again; finished calls come from the cache",
             )
         model = open_model(**manifest["model"], paths=paths, offline=offline, progress=progress)
+        model = with_index(model, paths)
         context = cls(corpus, model, paths, manifest["model"])
         task = Task(**{**manifest["task"], "labels": tuple(manifest["task"]["labels"])})
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
@@ -271,6 +274,7 @@ class Context:
             tag or draw_tag(documents.values(), secrets.token_bytes(16)),
             self.model.reader,
             budget,
+            self.model.index,
         )
 
     async def _start(

@@ -38,6 +38,10 @@ class Paths:
         return self.cache / "kv" / "v1"
 
     @property
+    def index(self) -> Path:
+        return self.cache / "index" / "v1"
+
+    @property
     def calls(self) -> Path:
         return self.cache / "calls.db"
 

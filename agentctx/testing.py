@@ -24,7 +24,7 @@ from agentctx.models.load import Model
 from agentctx.paths import Paths
 from agentctx.runs import Runs
 from agentctx.workflows.cache import LeafCache
-from agentctx.workflows.ports import CALL, Counter, Reader, Scores
+from agentctx.workflows.ports import CALL, Counter, KVIndex, Reader, Scores
 from agentctx.workflows.profile import ModelProfile, Tier
 from agentctx.workflows.roles import Claim
 
@@ -208,6 +208,43 @@ class ScriptedReader:
         return Scores(values, self.likelihood_cost(question, texts), 0)
 
 
+class ScriptedIndex:
+    """A `KVIndex` in which `held` says what is indexed; nearness and likelihood are by `score`.
+
+    `answered` records the passages of every `composed`, which gives `chat`.
+    """
+
+    def __init__(
+        self,
+        chat: BaseChatModel,
+        score: Callable[[str, str], float],
+        *,
+        held: Callable[[str], bool] = bool,
+        passage_tokens: int = 200,
+    ) -> None:
+        self.chat = chat
+        self.passage_tokens = passage_tokens
+        self.reader = ScriptedReader(score)
+        self.answered: list[tuple[str, ...]] = []
+        self._score, self._held = score, held
+
+    def held(self, texts: Sequence[str]) -> list[bool]:
+        return [self._held(text) for text in texts]
+
+    def nearest_cost(self, question: str) -> int:
+        return WordCounter().count_text(question)
+
+    async def nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        values = [self._score(question, text) for text in texts]
+        best = set(sorted(range(len(texts)), key=lambda i: -values[i])[:k])
+        found = tuple(value if i in best else float("-inf") for i, value in enumerate(values))
+        return Scores(found, self.nearest_cost(question), 0)
+
+    def composed(self, texts: Sequence[str]) -> BaseChatModel:
+        self.answered.append(tuple(texts))
+        return self.chat
+
+
 def scripted_model(
     chat: ScriptedChat,
     *,
@@ -217,13 +254,14 @@ def scripted_model(
     concurrency: int = 4,
     reader: Reader | None = None,
     counter: Counter | None = None,
+    index: KVIndex | None = None,
 ) -> Model:
     """A `Model` around a scripted chat, for `Context.open(…, model=…)`."""
     fingerprint = hashlib.sha256(f"{context} {reliable} {sorted(tiers)}".encode()).hexdigest()[:16]
     profile = ModelProfile(
         "scripted", "scripted", fingerprint, context, reliable or context, tiers, concurrency
     )
-    return Model(chat, profile, counter or WordCounter(), reader)
+    return Model(chat, profile, counter or WordCounter(), reader, index=index)
 
 
 def fenced_texts(prompt: str) -> Iterator[str]:

@@ -30,6 +30,7 @@ RANKS = {
     "testing_endpoint": 1,
     "runs": 1,
     "session": 1,
+    "corpus": 2,
     "bench": 2,
     "api": 2,
     "reading": 2,

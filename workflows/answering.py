@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from langchain_core.language_models import BaseChatModel
+
 from agentctx.memory.citations import Verifier
 from agentctx.memory.types import Failure, Plan, Span
 from agentctx.workflows import cost
@@ -70,10 +72,19 @@ def direct_plan(scope: Scope, name: str = "direct", role: Role | None = None) ->
     )
 
 
-async def answer_pieces(run: RunContext, pieces: Sequence[Piece], role: Role | None = None) -> dict[str, Any]:
-    """The state update of an answer: a draft, the spans that code chose, and failures."""
+async def answer_pieces(
+    run: RunContext,
+    pieces: Sequence[Piece],
+    role: Role | None = None,
+    model: BaseChatModel | None = None,
+) -> dict[str, Any]:
+    """The state update of an answer: a draft, the spans that code chose, and failures.
+
+    `model` answers in the place of the run's, as in `ask`.
+    """
     role = role or answer_role(run.scope)
-    result = await ask(run, role, run.scope.task.question, _shown(pieces), finishing=True, stream=True)
+    question, shown = run.scope.task.question, _shown(pieces)
+    result = await ask(run, role, question, shown, finishing=True, stream=True, model=model)
     update: dict[str, Any] = {}
     if isinstance(result, Failure):
         update["failures"] = {"answer": asdict(result)}

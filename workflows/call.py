@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
 from pydantic import ValidationError
 
@@ -62,10 +63,13 @@ async def ask(
     *,
     finishing: bool = False,
     stream: bool = False,
+    model: BaseChatModel | None = None,
 ) -> Record | Failure:
     """Play `role` on the pieces and return its checked record, or a typed failure.
 
-    `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events.
+    `finishing` lets the call use the budget that is held back for finishing; `stream` emits token events;
+    `model` takes the place of the run's: the same one over composed keys and values, whose answers are kept
+    apart.
     """
     own: dict[str, str] = {} if _terms.get().shared else {"run": run.run_id}
     key = call_key(
@@ -74,6 +78,7 @@ async def ask(
         question=question,
         pieces=[[label, _digest(text)] for label, text in pieces],
         **own,
+        **({"composed": True} if model else {}),
     )
     with run.trace.span():
         cached = run.cache.get(key)
@@ -82,7 +87,8 @@ async def ask(
             run.trace.emit("cache.hit", role=role.name, key=key)
             return Record(key, role.name, cached)
         if key not in run.inflight:
-            work = _attempts(run, role, question, pieces, key, finishing=finishing, stream=stream)
+            by = model or run.model
+            work = _attempts(run, role, question, pieces, key, by, finishing=finishing, stream=stream)
             task = asyncio.create_task(work)
             run.inflight[key] = task
             task.add_done_callback(lambda _: run.inflight.pop(key, None))
@@ -94,7 +100,15 @@ async def ask(
 
 
 async def _attempts(
-    run: RunContext, role: Role, question: str, pieces: Pieces, key: str, *, finishing: bool, stream: bool
+    run: RunContext,
+    role: Role,
+    question: str,
+    pieces: Pieces,
+    key: str,
+    model: BaseChatModel,
+    *,
+    finishing: bool,
+    stream: bool,
 ) -> Record | Failure:
     messages = role.render(question, pieces, run.scope.tag)
     messages[-1].additional_kwargs[SOURCES] = sorted(
@@ -115,7 +129,7 @@ async def _attempts(
         number += 1
         again = number < terms.attempts
         messages[-1].additional_kwargs[CALL] = [role.name, key]
-        attempt = Attempt(number, key, tokens, finishing, stream, again, terms.timeout)
+        attempt = Attempt(number, key, tokens, finishing, stream, again, terms.timeout, model)
         result = await attempt_call(run, role, messages, attempt)
         if isinstance(result, Failure):
             if result.retryable and again and run.take_retry():

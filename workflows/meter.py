@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from agentctx.memory.types import Cost
 from agentctx.workflows.cache import call_key
@@ -18,13 +18,39 @@ class Refused(Exception):
     """The budget, the clock or the user ended the scoring. Callers fall back on what needs no model."""
 
 
+async def metered(
+    run: RunContext, worst: int, look: Callable[[], Awaitable[Scores]], *, finishing: bool = False
+) -> Scores:
+    """Reserve `worst` tokens, look, and settle what was computed. Raises Refused."""
+    if run.stop.cancelled or (not finishing and run.winding_down()):
+        raise Refused(run.stopped_because)
+    reservation = run.ledger.reserve(Cost(0, worst, 0), finishing=finishing)
+    if reservation is None:
+        run.stopped_because = run.stopped_because or "budget"
+        raise Refused("budget")
+    actual = Cost(0, worst, 0)
+    try:
+        scores = await look()
+        actual = Cost(0, scores.computed_tokens, 0)
+    finally:
+        run.ledger.settle(reservation, actual)
+    run.scored += scores.computed_tokens
+    run.reused += scores.reused_tokens
+    for warning in scores.warnings:
+        run.warn("kv", warning)
+    return scores
+
+
 class MeteredReader:
     """A `Reader` for one run. Scores are kept in the leaf cache, so a resumed run scores nothing twice."""
 
-    def __init__(self, run: RunContext, *, finishing: bool = False) -> None:
-        if run.scope.reader is None:
+    def __init__(self, run: RunContext, *, finishing: bool = False, reader: Reader | None = None) -> None:
+        """`reader`: in the place of the run's, its scores kept apart."""
+        found = reader or run.scope.reader
+        if found is None:
             raise ValueError("this run has no reader")
-        self._run, self._reader, self._finishing = run, run.scope.reader, finishing
+        self._run, self._reader, self._finishing = run, found, finishing
+        self._role = "likelihood" if found is run.scope.reader else "kv_likelihood"
 
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         return self._reader.likelihood_cost(question, texts)
@@ -50,29 +76,16 @@ class MeteredReader:
 
     async def _score(self, question: str, texts: Sequence[str]) -> Scores:
         run: RunContext = self._run
-        if run.stop.cancelled or (not self._finishing and run.winding_down()):
-            raise Refused(run.stopped_because)
         reader: Reader = self._reader
-        worst = Cost(0, reader.likelihood_cost(question, texts), 0)
-        reservation = run.ledger.reserve(worst, finishing=self._finishing)
-        if reservation is None:
-            run.stopped_because = run.stopped_because or "budget"
-            raise Refused("budget")
-        actual = worst
-        try:
+
+        async def look() -> Scores:
             sources = await asyncio.to_thread(lambda: [run.scope.holders(text) for text in texts])
-            scores = await reader.likelihood(question, texts, sources)
-            actual = Cost(0, scores.computed_tokens, 0)
-        finally:
-            run.ledger.settle(reservation, actual)
-        run.scored += scores.computed_tokens
-        run.reused += scores.reused_tokens
-        for warning in scores.warnings:
-            run.warn("kv", warning)
-        return scores
+            return await reader.likelihood(question, texts, sources)
+
+        return await metered(run, reader.likelihood_cost(question, texts), look, finishing=self._finishing)
 
     def _key(self, question: str, text: str) -> str:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         return call_key(
-            model=self._run.scope.profile.fingerprint, role="likelihood", question=question, text=digest
+            model=self._run.scope.profile.fingerprint, role=self._role, question=question, text=digest
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 CALL = "agentctx_call"  # in a message's additional_kwargs: the role and the key of the call that sends it
@@ -55,4 +56,33 @@ class Reader(Protocol):
 
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         """The most tokens `likelihood` can compute for these arguments, without computing anything."""
+        ...
+
+
+class KVIndex(Protocol):
+    """Passages whose keys and values a local model has kept: found by their keys, and answered from without
+    being read again. Passages are told apart by their text, so one that changed is another one.
+    """
+
+    passage_tokens: int  # documents were cut into passages of so many tokens at most
+
+    @property
+    def reader(self) -> Reader:
+        """Gives likelihoods from what is kept."""
+        ...
+
+    def held(self, texts: Sequence[str]) -> list[bool]:
+        """Which of these passages are in the index."""
+        ...
+
+    def nearest_cost(self, question: str) -> int:
+        """The most tokens `nearest` can compute."""
+        ...
+
+    async def nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        """How near the keys of each passage are to the question; minus infinity beyond the best `k`."""
+        ...
+
+    def composed(self, texts: Sequence[str]) -> BaseChatModel:
+        """The model, taking these passages from what is kept wherever they stand in a prompt."""
         ...

@@ -15,6 +15,7 @@ STRATEGIES = {
     "auto": "agentctx.workflows.strategies.auto:Auto",
     "direct": "agentctx.workflows.strategies.direct:Direct",
     "spans": "agentctx.workflows.strategies.spans:Spans",
+    "kv_retrieval": "agentctx.workflows.strategies.kv_retrieval:KVRetrieval",
     "lexical": "agentctx.workflows.strategies.lexical:Lexical",
     "rank": "agentctx.workflows.strategies.rank:Rank",
     "reread": "agentctx.workflows.strategies.reread:Reread",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import message_chunk_to_message
 
@@ -40,7 +41,8 @@ class Attempt:
     finishing: bool
     stream: bool
     may_retry: bool
-    timeout: float | None = None  # seconds; None: what the run has
+    timeout: float | None  # seconds; None: what the run has
+    model: BaseChatModel
 
 
 async def attempt_call(
@@ -137,7 +139,7 @@ def _timeout(run: RunContext, allowed: float | None) -> float:
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
     """The call itself, ended by its timeout or by the grace time after a stop request."""
-    call = asyncio.create_task(_invoke(run, role, messages, attempt.stream))
+    call = asyncio.create_task(_invoke(run, role, messages, attempt))
     stopped = asyncio.create_task(run.stop.requested())
     try:
         async with asyncio.timeout(_timeout(run, attempt.timeout)):
@@ -152,12 +154,14 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
         await asyncio.gather(call, stopped, return_exceptions=True)
 
 
-async def _invoke(run: RunContext, role: Role, messages: Sequence[BaseMessage], stream: bool) -> AIMessage:
-    if not stream:
-        reply = await run.model.ainvoke(list(messages), max_tokens=role.max_output)
+async def _invoke(
+    run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt
+) -> AIMessage:
+    if not attempt.stream:
+        reply = await attempt.model.ainvoke(list(messages), max_tokens=role.max_output)
         return reply if isinstance(reply, AIMessage) else AIMessage(str(reply.text))
     whole = None
-    async for chunk in run.model.astream(list(messages), max_tokens=role.max_output):
+    async for chunk in attempt.model.astream(list(messages), max_tokens=role.max_output):
         run.trace.emit("token", text=str(chunk.text))
         whole = chunk if whole is None else whole + chunk
     if whole is None:

@@ -16,7 +16,21 @@ from typing import Annotated, Any
 import typer
 
 from agentctx import __version__
-from agentctx.cli import ask, bench, config, doctor, each, exits, kv, models, rank, runs, trace, workflow
+from agentctx.cli import (
+    ask,
+    bench,
+    config,
+    doctor,
+    each,
+    exits,
+    index,
+    kv,
+    models,
+    rank,
+    runs,
+    trace,
+    workflow,
+)
 from agentctx.memory.errors import AgentctxError, ConfigError
 
 # typer keeps its copy of click private; a usage error is what a bad parameter is a case of.
@@ -31,6 +45,7 @@ app.add_typer(ask.plan, name="plan")
 app.add_typer(workflow.app, name="workflow")
 app.add_typer(models.app, name="models")
 app.add_typer(kv.app, name="kv")
+app.add_typer(index.app, name="index")
 app.add_typer(bench.app, name="bench")
 app.add_typer(runs.app, name="runs")
 app.add_typer(trace.app, name="trace")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from agentctx.models.manifest import Manifest
     from agentctx.models.weights import Weights
-    from agentctx.workflows.ports import Counter, Reader
+    from agentctx.workflows.ports import Counter, KVIndex, Reader
 
 ENDPOINT = "openai:"
 
@@ -38,6 +38,7 @@ class Model:
     counter: Counter
     reader: Reader | None  # None: the model can only generate
     warnings: tuple[Notice, ...] = ()
+    index: KVIndex | None = None  # of what it has read, if anything was indexed
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ class LocalChat(BaseChatModel):
         if request.prefill:
             yield _text_chunk(request.prefill)
         try:
-            context, hidden = self.weights.engine.begin(request.prompt, keep=True, cancelled=cancelled)
+            context, hidden = self._begin(request.prompt, cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
         try:
@@ -197,6 +197,10 @@ class LocalChat(BaseChatModel):
             raise self._explained(error) from error
         finally:
             context.close()
+
+    def _begin(self, prompt: list[int], cancelled: threading.Event) -> tuple[Context, Tensor | None]:
+        """Hold a prompt; returns it with the hidden state of its last token."""
+        return self.weights.engine.begin(prompt, keep=True, cancelled=cancelled)
 
     def _answer(
         self, request: _Request, context: Context, hidden: Tensor | None, cancelled: threading.Event

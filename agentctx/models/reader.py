@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from agentctx.memory.errors import InputError, ModelError
+from agentctx.memory.kv.dtype import Keep
 from agentctx.models.tokenizer import Tokenizer
 from agentctx.runtime.context import Context
 from agentctx.runtime.engine import Engine
@@ -39,9 +40,14 @@ class LikelihoodReader:
     company a text is scored in.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, before: Sequence[int] = (), keep: Keep = True
+    ) -> None:
+        """`before`: tokens that every text stands behind, instead of what a sequence opens with."""
         self._engine = engine
         self._tokenizer = tokenizer
+        self._before = list(before) or tokenizer.opening
+        self._keep: Keep = keep
 
     async def likelihood(
         self, question: str, texts: Sequence[str], sources: Sequence[Sequence[str]] = ()
@@ -64,6 +70,10 @@ class LikelihoodReader:
         contexts = self._contexts(texts)
         asked = len(self._question(question))
         return sum(len(ids) - 1 + asked for ids in contexts.values())
+
+    def held_as(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """The tokens that are read, and kept, for each text."""
+        return {text: ids[:-1] for text, ids in self._contexts(texts).items()}
 
     def _likelihood(
         self,
@@ -88,7 +98,7 @@ class LikelihoodReader:
         computed = reused = 0
         for batch in _batches(contexts, len(asked)):
             held = self._engine.read_all(
-                [contexts[text][:-1] for text in batch], keep=True, cancelled=abandoned
+                [contexts[text][:-1] for text in batch], keep=self._keep, cancelled=abandoned
             )
             try:
                 if abandoned.is_set():
@@ -102,7 +112,7 @@ class LikelihoodReader:
                 for context in held:
                     context.close()
         for text, documents in zip(texts, sources, strict=False):
-            self._engine.name(contexts[text][:-1], documents)
+            self._engine.name(contexts[text][:-1], documents, self._keep)
         return Scores(tuple(values[text] for text in texts), computed, reused, tuple(warnings))
 
     def _question(self, question: str) -> list[int]:
@@ -115,7 +125,7 @@ class LikelihoodReader:
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return {}
-        opening, after = self._tokenizer.opening, self._tokenizer.encode(_AFTER)
+        opening, after = self._before, self._tokenizer.encode(_AFTER)
         encoded = self._tokenizer.encode_all(distinct)
         return {text: [*opening, *ids, *after] for text, ids in zip(distinct, encoded, strict=True)}
 

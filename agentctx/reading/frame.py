@@ -33,17 +33,17 @@ class Frame:
 
 def chat_frame(template: ChatTemplate, tag: str) -> Frame:
     """Around a text in which the digits `tag` do not occur."""
-    opened, closed = _turn(template)
+    opened, closed = turn(template)
     rule = DATA_RULE.format(tag=tag)
     return Frame(f"{opened}{rule}\n\n<text-{tag}>\n", f"\n</text-{tag}>\n\n", closed)
 
 
 def own_frame(template: ChatTemplate | None, prefix: str) -> Frame:
     """Behind a beginning of the caller's, who opened the turn that a question closes."""
-    return Frame(prefix, "\n\n", _turn(template)[1] if template else "")
+    return Frame(prefix, "\n\n", turn(template)[1] if template else "")
 
 
-def _turn(template: ChatTemplate) -> tuple[str, str]:
+def turn(template: ChatTemplate) -> tuple[str, str]:
     """What a chat template puts before and after the content of a user's turn, to be answered."""
     opened, found, closed = template.render([HumanMessage(_PLACE)]).partition(_PLACE)
     if not found or _PLACE in closed:

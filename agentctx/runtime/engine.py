@@ -18,7 +18,7 @@ from torch import Tensor
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
 from agentctx.memory.kv.choices import Choices
-from agentctx.memory.kv.dtype import KVDtype
+from agentctx.memory.kv.dtype import Keep, KVDtype
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.prefixes import PrefixIndex
 from agentctx.memory.kv.quantised import pool_of
@@ -78,7 +78,7 @@ class Engine:
         self,
         ids: Sequence[int],
         *,
-        keep: bool = False,
+        keep: Keep = False,
         cancelled: threading.Event | None = None,
         progress: Callable[[int, int], None] | None = None,
         asked: Sequence[int] = (),
@@ -86,12 +86,13 @@ class Engine:
         """Hold all of `ids`; with `keep`, on disk as well. Computes only what is held nowhere.
 
         `asked`: the only question that it is for, if the method is to know it.
+        What is kept in fewer bits is known apart: no reading that was kept as it is begins with it.
 
         A cancelled read returns what it has; what it computed is not lost, and reading again continues there.
         `progress` is told the tokens held and wanted.
         """
         self.fits(len(ids))
-        context = self._known(ids, self._named(ids))
+        context = self._known(ids, self._named(ids, keep))
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
             return self.method.reduce(context, len(ids), asked)
@@ -100,7 +101,7 @@ class Engine:
         self,
         texts: Sequence[Sequence[int]],
         *,
-        keep: bool = False,
+        keep: Keep = False,
         cancelled: threading.Event | None = None,
     ) -> list[Context]:
         """Hold several texts. Short ones are computed together, as many as fill a pass; one after another
@@ -113,7 +114,7 @@ class Engine:
         with _closed_if_it_fails(found):
             for index, ids in enumerate(texts):
                 self.fits(len(ids))
-                found.append(context := self._known(ids, self._named(ids)))
+                found.append(context := self._known(ids, self._named(ids, keep)))
                 if not context.ids and len(ids) <= CHUNK:
                     fresh.append(index)
                 else:
@@ -130,7 +131,7 @@ class Engine:
         return found
 
     def begin(
-        self, ids: Sequence[int], *, keep: bool = False, cancelled: threading.Event | None = None
+        self, ids: Sequence[int], *, keep: Keep = False, cancelled: threading.Event | None = None
     ) -> tuple[Context, Tensor | None]:
         """Hold a prompt; returns it with the hidden state of its last token, which is always computed.
 
@@ -141,7 +142,7 @@ class Engine:
         grid = self.method.grid
         apart = self.method.writes or self.method.evicts
         read = max(0, len(ids) - ASKED) // grid * grid if apart else len(ids)
-        named = self._named(ids[:read])
+        named = self._named(ids[:read], keep)
         if named and named[-1].end % PAGE_TOKENS:
             named.pop()
         context = self._known(ids[:-1], named)
@@ -155,11 +156,27 @@ class Engine:
                 hidden = context.feed(ids[read:], cancelled=cancelled)
         return context, hidden
 
-    def name(self, ids: Sequence[int], documents: Sequence[str]) -> None:
+    def kept(self, ids: Sequence[int], keep: Keep = True) -> list[str]:
+        """The names of the blocks on disk that `ids`, read with `keep`, are or would be kept in."""
+        return [block.name for block in self._named(ids, keep)]
+
+    def keep(self, context: Context, keep: Keep) -> None:
+        """Write what is missing on disk of a text that was read with `keep`: it may have been in memory only.
+
+        Raises StoreError (no_space, unwritable).
+        """
+        for block in self._named(context.ids, keep) if self.store else ():
+            if self.store and block.name not in self.store:
+                page = context.table.pages[block.start // PAGE_TOKENS]
+                with self.lock:
+                    k, v = self.pool.read(page, block.end - block.start)
+                self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
+
+    def name(self, ids: Sequence[int], documents: Sequence[str], keep: Keep = True) -> None:
         """Write down, for what is kept on disk of `ids`, which documents' text it is."""
         if self.store is None or not documents:
             return
-        blocks = [block.name for block in self._named(ids) if block.name in self.store]
+        blocks = [name for name in self.kept(ids, keep) if name in self.store]
         for document in documents if blocks else ():
             self.store.owners.name(document, blocks)
 
@@ -191,12 +208,12 @@ class Engine:
         self,
         context: Context,
         ids: Sequence[int],
-        keep: bool,
+        keep: Keep,
         cancelled: threading.Event | None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read on where `context` ends."""
-        named = self._named(ids)
+        named = self._named(ids, keep)
         while (at := len(context.ids)) < len(ids):
             if context.feed(ids[at : at + self.chunk], cancelled=cancelled) is None:
                 return
@@ -205,7 +222,7 @@ class Engine:
                 progress(len(context.ids), len(ids))
         context.state.reading = False
 
-    def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: bool) -> None:
+    def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: Keep) -> None:
         """One pass over whole texts, padded on the left."""
         width = max(map(len, texts))
         pads = [width - len(ids) for ids in texts]
@@ -215,10 +232,11 @@ class Engine:
             context.ids[:] = ids
             context.state.reading = False
             context.computed = len(ids)
-            self._remember(context, self._named(ids), 0, keep)
+            self._remember(context, self._named(ids, keep), 0, keep)
 
-    def _named(self, ids: Sequence[int]) -> list[Block]:
-        return list(blocks(ids, self.root, self.method.grid))
+    def _named(self, ids: Sequence[int], keep: Keep) -> list[Block]:
+        root = _named_after(self.root, keep if isinstance(keep, str) else "")
+        return list(blocks(ids, root, self.method.grid))
 
     def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
         """What is held of the beginning of `ids`, in memory or on disk."""
@@ -267,7 +285,7 @@ class Engine:
         self.pool.release([page])
         return page
 
-    def _remember(self, context: Context, named: Sequence[Block], before: int, keep: bool) -> None:
+    def _remember(self, context: Context, named: Sequence[Block], before: int, keep: Keep) -> None:
         """Index the blocks that were computed after the first `before` tokens; with `keep`, write them."""
         held = [block for block in named if block.end <= len(context.ids)]
         fresh = [block for block in held if block.end > before]
@@ -277,7 +295,8 @@ class Engine:
             if keep and self.store is not None:
                 try:
                     for block, page in zip(fresh, pages, strict=True):
-                        self.store.put(block.name, *self.pool.read(page, block.end - block.start))
+                        k, v = self.pool.read(page, block.end - block.start)
+                        self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
                 except StoreError as error:  # the answer does not depend on it
                     context.warnings.append(f"{error.message}; the text will be read again next time")
             self.pool.filled(context.table.pages[: len(context.ids) // PAGE_TOKENS])

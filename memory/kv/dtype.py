@@ -5,3 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 KVDtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
+Keep = bool | Literal["int8", "int4"]  # whether what is read goes to the disk, and as what; True: as it is

@@ -73,22 +73,26 @@ class BlockStore:
             )
         return _decode(tensors, about["codec"], dtype)
 
-    def put(self, name: str, k: Tensor, v: Tensor) -> None:
+    def put(self, name: str, k: Tensor, v: Tensor, codec: str | None = None) -> None:
         """Store a block `[layers, Hkv, tokens, D]`, making room first. Present: nothing is done.
 
-        int8 and int4 apply to whole blocks; a shorter one, the end of a text, stays as it is. Raises
-        StoreError (no_space, unwritable) and leaves no part of a file.
+        `codec` None: the store's. int8 and int4 apply to whole blocks; a shorter one, the end of a text,
+        stays as it is. Raises StoreError (no_space, unwritable) and leaves no part of a file.
         """
         path = self._path(name)
         if path.exists():
             return
-        codec = self.codec if k.shape[2] == PAGE_TOKENS else "plain"
+        codec = (codec or self.codec) if k.shape[2] == PAGE_TOKENS else "plain"
         tensors = _encode(k, v, codec)
         about = {"version": VERSION, "codec": codec}
         data = save(tensors, about | {"checksum": _checksum(tensors, about)})
         if not self.folder.exists():
             self.shelf.introduce(self.folder.name, self.name, len(data) // k.shape[2])
         self.shelf.add(path, data)
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Where these blocks are, or would be."""
+        return [self._path(name) for name in names]
 
     def used(self, names: Sequence[str]) -> None:
         """These blocks of one text, in its order, were used now."""

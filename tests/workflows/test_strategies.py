@@ -20,7 +20,7 @@ TASKS = ("ask", "summarize")
 WHOLE = ("direct", "reread")  # everything in one call: what does not fit is refused
 OWN_FORM = ("rank", "reread")  # their one-call form is not the direct one
 LOOPS = ("search", "agents", "gist", "continue", "experience")
-QUESTIONS_ONLY = ("spans", "lexical", "rank", *WHOLE, *LOOPS)
+QUESTIONS_ONLY = ("spans", "kv_retrieval", "lexical", "rank", *WHOLE, *LOOPS)
 # A model that only reads gives them nothing; it must break nothing either.
 WRITERS_ONLY = ("fold", *LOOPS)
 WRITES, READS = frozenset({"reads", "writes"}), frozenset({"reads"})

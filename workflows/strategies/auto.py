@@ -2,8 +2,9 @@
 
 1. The input fits the reliable window: one direct call (the frame of every strategy does this).
 2. Anything but a question about a part: `recursive`, because full coverage is the point.
-3. A question, and the model can score text without generating: `spans`.
-4. A question otherwise: `recursive` search, which reads everything.
+3. A question, and all passages are indexed as they are now: `kv_retrieval`.
+4. A question, and the model can score text without generating: `spans`.
+5. A question otherwise: `recursive` search, which reads everything.
 A choice the budget cannot pay is dropped; `lexical` is left then, the best coverage per token, and the run is
 announced as partial coverage.
 """
@@ -24,13 +25,16 @@ from agentctx.workflows.run import RunContext, fits
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Input, Output, State, TaskKind
 from agentctx.workflows.strategies.direct import Direct
+from agentctx.workflows.strategies.kv_retrieval import KVRetrieval, warn_stale
 from agentctx.workflows.strategies.lexical import Lexical
 from agentctx.workflows.strategies.recursive import Recursive
 from agentctx.workflows.strategies.spans import Spans
 from agentctx.workflows.tasks.table import KINDS
 
+KV = KVRetrieval()
 CANDIDATES: dict[str, Strategy] = {
     "direct": Direct(),
+    "kv_retrieval": KV,
     "spans": Spans(),
     "recursive": Recursive(),
     "lexical": Lexical(),
@@ -56,7 +60,9 @@ def _decide(scope: Scope) -> Decision:
         return Decision("direct", "the input fits the window that the model reads reliably")
     if scope.task.kind != "search":
         return Decision("recursive", f"the task {scope.task.kind} needs full coverage")
-    if scope.reader:
+    if (indexed := KV.indexed(scope)) and all(indexed):
+        first, reason = "kv_retrieval", "all passages are indexed: none is read again"
+    elif scope.reader:
         first, reason = "spans", "the local model ranks passages without generating"
     else:
         first, reason = "recursive", "without a local reader, every part is read by a call"
@@ -119,5 +125,9 @@ async def _choose(state: State, runtime: Runtime[RunContext]) -> dict[str, Any]:
     run = runtime.context
     with run.trace.span("choose"):
         decision = decide(run.scope)
+        if run.scope.task.kind == "search" and decision.choice != "direct":
+            indexed = KV.indexed(run.scope)
+            if any(indexed):  # else these are other documents
+                warn_stale(run, indexed)
         run.trace.emit("decision", choice=decision.choice, reason=decision.reason)
         return {"route": decision.choice}

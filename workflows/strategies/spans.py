@@ -143,15 +143,19 @@ class Spans(Strategy):
         except Refused as refused:
             run.warn("ranked_by_words", f"the passages were ranked by words alone ({refused})")
             ranking = await rank(question, texts, reader=None, first=first)
-        kept = list(ranking.order[:1])
+        return {"kept": self._fitting(scope, ranking.order), "scored": sorted(ranking.scored)}
+
+    def _fitting(self, scope: Scope, order: Sequence[int]) -> list[int]:
+        """The first passage, and those after it while there is room to read them."""
+        kept = list(order[:1])
         limit = self.largest_prompt(scope)
-        for index in ranking.order[1:]:
-            if sum(passages[i].tokens for i in (*kept, index)) > self.room(scope):
+        for index in order[1:]:
+            if sum(self.passages(scope)[i].tokens for i in (*kept, index)) > self.room(scope):
                 break
             if answer_input(scope, self._pieces(scope, [*kept, index]))[0] > limit:
                 break
             kept.append(index)
-        return {"kept": kept, "scored": sorted(ranking.scored)}
+        return kept
 
     def _pieces(self, scope: Scope, kept: Sequence[int]) -> list[Piece]:
         """The kept passages in the order of the sources, which models read best."""

@@ -1,0 +1,185 @@
+"""What indexes there are on this machine, for people: listed, checked and deleted without loading a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from agentctx.memory.database import Database
+from agentctx.memory.documents import open_documents
+from agentctx.memory.errors import InputError, StoreError
+from agentctx.memory.kv import catalog
+from agentctx.memory.kv.catalog import Catalog, Listed
+from agentctx.memory.kv.store import BlockStore
+from agentctx.memory.vectors import SCHEMA, Vectors
+from agentctx.paths import Paths
+
+VERSION = 1
+DATABASE = "index.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One indexed path of one model: `kept` of its `passages` are on disk, in `bytes` of KV.
+
+    `problem`: why nothing else is known of the index in `folder`.
+    """
+
+    model: str
+    folder: str
+    root: str = ""
+    documents: int = 0
+    passages: int = 0
+    kept: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`kind`: changed, deleted (a document), corrupt, missing (of what is kept), version, unreadable."""
+
+    kind: str
+    source: str
+    message: str
+
+
+def opened(folder: Path) -> Database:
+    """The database of an index, made if it is new. Raises StoreError."""
+    return Database(folder / DATABASE, f"{SCHEMA};{catalog.SCHEMA}", VERSION)
+
+
+def listed(paths: Paths) -> list[Held]:
+    """All that is indexed."""
+    return [held for folder in _folders(paths) for held in _listed(paths, folder)]
+
+
+def verify(paths: Paths, roots: Sequence[str] = ()) -> list[Problem]:
+    """Read it all: documents as they are now, every block of KV, every file. Changes nothing but damaged
+    blocks, which are deleted.
+
+    `roots`: only these paths; () is all.
+    """
+    return [problem for folder in _folders(paths) for problem in _verified(paths, folder, roots)]
+
+
+def remove(paths: Paths, roots: Sequence[str] | None) -> int:
+    """Take these paths out of every index, None: delete all. Returns the bytes of KV that are freed.
+
+    Raises InputError (not_found) for a path that is in none.
+    """
+    freed, known = 0, set[str]()
+    for folder in _folders(paths):
+        try:
+            database = opened(folder)
+            found = Catalog(database)
+            known.update(found.roots())
+            found.leave(found.roots() if roots is None else roots)
+            freed += prune(found, Vectors(database, 0), _store(paths, found))
+            left = found.roots()
+            database.close()
+        except StoreError:
+            if roots is not None:
+                raise
+            left = []
+        if not left:
+            shutil.rmtree(folder)
+    if roots and (unknown := sorted(set(roots) - known)):
+        raise InputError(f"{unknown[0]} is in no index", code="not_found", hint="agentctx index ls")
+    return freed
+
+
+def prune(found: Catalog, vectors: Vectors, store: BlockStore) -> int:
+    """Delete passages of no document, with the KV that no other passage shares; returns its bytes."""
+    unused = found.unused()
+    if not unused:
+        return 0
+    found.drop(unused)
+    vectors.drop(one.name for one in unused)
+    shared = {name for one in found.passages().values() for name in one.blocks}
+    gone = {name for one in unused for name in one.blocks} - shared
+    return store.shelf.delete(store.files(sorted(gone)))
+
+
+def _folders(paths: Paths) -> list[Path]:
+    return sorted(path.parent for path in paths.index.glob(f"*/{DATABASE}"))
+
+
+def _store(paths: Paths, found: Catalog) -> BlockStore:
+    return BlockStore(paths.kv, (found.fact("kv") or b"unknown").decode(), budget=0)
+
+
+def _listed(paths: Paths, folder: Path) -> Iterator[Held]:
+    try:
+        database = opened(folder)
+        found = Catalog(database)
+        model, store = (found.fact("model") or b"").decode(), _store(paths, found)
+        for root in found.roots():
+            yield _held(model, folder, found.listed(root), store)
+        database.close()
+    except StoreError as error:
+        yield Held("", str(folder), problem=error.message)
+
+
+def _held(model: str, folder: Path, one: Listed, store: BlockStore) -> Held:
+    sizes = [
+        [path.stat().st_size if path.exists() else -1 for path in store.files(passage.blocks)]
+        for passage in one.passages
+    ]
+    return Held(
+        model,
+        str(folder),
+        one.root,
+        one.documents,
+        one.total,
+        sum(min(found) >= 0 for found in sizes),
+        sum(passage.tokens for passage in one.passages),
+        sum(size for found in sizes for size in found if size > 0),
+    )
+
+
+def _verified(paths: Paths, folder: Path, roots: Sequence[str]) -> Iterator[Problem]:
+    try:
+        database = opened(folder)
+        found = Catalog(database)
+        for root in found.roots():
+            if not roots or root in roots:
+                yield from _documents(found, root)
+                yield from _blocks(found.listed(root), _store(paths, found))
+        for line in Vectors(database, 0).verify():
+            yield Problem("corrupt", str(folder), line)
+        database.close()
+    except StoreError as error:
+        yield Problem(error.code, str(folder), error.message)
+
+
+def _documents(found: Catalog, root: str) -> Iterator[Problem]:
+    """What is at a path now against what was there."""
+    try:
+        now = {one.source: one.id for one in open_documents([root]).documents}
+    except InputError as error:
+        now = {}
+        if os.path.exists(root):
+            yield Problem("unreadable", root, error.message)
+    for source, id_ in found.documents(root).items():
+        if source not in now:
+            yield Problem("deleted", source, "it is not there any more, or cannot be read: it is not used")
+        elif now[source] != id_:
+            yield Problem("changed", source, "it changed after it was indexed: what is new is not indexed")
+
+
+def _blocks(one: Listed, store: BlockStore) -> Iterator[Problem]:
+    missing = one.total - len(one.passages)
+    for passage in one.passages:
+        try:
+            missing += any(store.get(name, torch.float32) is None for name in passage.blocks)
+        except StoreError as error:
+            yield Problem(error.code, one.root, error.message)
+    if missing:
+        yield Problem("missing", one.root, f"{missing} passages are not kept: they are read when needed")

@@ -1,0 +1,301 @@
+"""The index of what a local model has read: every passage once, by itself, behind the same short beginning.
+
+    index = Index.open(paths.index, model)
+    index.add("notes", documents)
+
+A passage is read behind what opens a user's turn, so that the first tokens, to which every later one attends
+whatever they are (arXiv 2309.17453), are the same for all. Its KV goes to the block store in 8 bits: in
+`benchmarks/results/kv_dtype.json` the loss does not rise by that, at half the bytes. What was kept so is
+known apart from texts that were kept as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from langchain_core.language_models import BaseChatModel
+from torch import Tensor
+
+from agentctx.corpus.chat import ComposedChat, Kept
+from agentctx.corpus.held import opened, prune
+from agentctx.corpus.keys import QUESTIONS, Measure, router_layers, unrotated
+from agentctx.memory.errors import ModelError, StoreError
+from agentctx.memory.kv.catalog import Catalog, Passage, passage_name
+from agentctx.memory.kv.dtype import Keep
+from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.memory.kv.quantised import QuantisedPool
+from agentctx.memory.types import Document
+from agentctx.memory.vectors import Vectors
+from agentctx.models.local import LocalChat
+from agentctx.models.reader import LikelihoodReader
+from agentctx.reading.frame import turn
+from agentctx.reading.sources import Source, gathered
+from agentctx.workflows.ports import Scores
+from agentctx.workflows.split import split
+
+if TYPE_CHECKING:
+    from agentctx.models.load import Model
+    from agentctx.runtime.context import Context
+
+PASSAGE_TOKENS = 200
+TOGETHER = 32  # passages that are read, and become part of the index, at once
+KEEP: Keep = "int8"
+HEAD = 1024  # bytes of a block that are no keys or values, at most
+FULL = 0.9  # of the budget of KV that passages may take: the rest is for what is asked meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """`passages` in all, of which `fresh` were not in the index, and the tokens that were computed."""
+
+    passages: int
+    fresh: int
+    computed_tokens: int
+    warnings: tuple[str, ...] = ()
+
+
+class Index:
+    """Implements `KVIndex`. Safe for several threads and processes. Raises StoreError as `Database` does."""
+
+    def __init__(self, folder: Path, model: Model) -> None:
+        """Made at `folder` if there is none. ModelError (unsupported) for what keeps no KV on disk."""
+        if not usable(model):
+            raise ModelError(
+                f"{model.profile.name} as it is opened keeps nothing of what it reads that can be composed",
+                code="unsupported",
+                hint="name a local model with dense attention, kv_dtype auto and kv_bytes above 0",
+            )
+        assert isinstance(model.chat, LocalChat) and model.chat.weights.engine.store is not None
+        self.chat = model.chat
+        self.counter = model.counter
+        self.engine = model.chat.weights.engine
+        self.store = model.chat.weights.engine.store
+        tokenizer = model.chat.weights.tokenizer
+        self.before = tokenizer.encode(turn(model.chat.template)[0])
+        self.reader = LikelihoodReader(self.engine, tokenizer, before=self.before, keep=KEEP)
+        self.passage_tokens = min(PASSAGE_TOKENS, self.engine.window // 4)
+        self.database = opened(folder)
+        self.catalog = Catalog(self.database)
+        shape = self.engine.body.shape
+        self._shape = (len(router_layers(self.engine)), shape.kv_heads, shape.head_dim)
+        self.vectors = Vectors(self.database, self._shape[0] * shape.kv_heads * shape.head_dim)
+        self._check(model.profile.name)
+
+    @classmethod
+    def open(cls, root: Path, model: Model) -> Index:
+        """The index of a model under `root`."""
+        return cls(folder_of(root, model), model)
+
+    def add(
+        self,
+        root: str,
+        documents: Sequence[Document],
+        *,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Added:
+        """Index `documents` as what is at `root` now; what is in the index already is not read again.
+
+        A batch of passages is in the index once it was read, so a killed or cancelled call goes on where it
+        was. `progress` is told the tokens read and wanted. Raises StoreError: no_space if the disk is full or
+        the passages do not fit the budget of KV, unwritable; what was indexed until then stays.
+        """
+        cut = {one.source: (one.id, self._passages(one)) for one in documents}
+        names = {source: (id_, [passage_name(x) for x in texts]) for source, (id_, texts) in cut.items()}
+        self.catalog.enter(root, names)
+        texts = list(dict.fromkeys(text for _, found in cut.values() for text in found))
+        fresh = [text for text, held in zip(texts, self.held(texts), strict=True) if not held]
+        wanted, total = len(fresh), sum(map(self.counter.count_text, fresh))
+        done = computed = 0
+        kept = self.catalog.passages()
+        self.store.used([name for one in kept.values() for name in one.blocks])  # other texts leave first
+        room = int(self.store.shelf.budget * FULL) - self._bytes(kept.values())
+        try:
+            while fresh and not (cancel is not None and cancel.is_set()):
+                count = self._fitting(fresh[:TOGETHER], room)
+                if not count:
+                    raise self._full(len(fresh))
+                read, new = self._read(fresh[:count])
+                fresh = fresh[count:]
+                room -= self._bytes(read)
+                computed += new
+                done += sum(one.tokens for one in read)
+                if progress:
+                    progress(done, total)
+            prune(self.catalog, self.vectors, self.store)
+        finally:
+            self.vectors.settle()
+        return Added(len(texts), wanted, computed, tuple(self._told()))
+
+    def held(self, texts: Sequence[str]) -> list[bool]:
+        names = [passage_name(text) for text in texts]
+        found = self.catalog.passages(names)
+        return [
+            not text.strip() or (name in found and self._complete(found[name]))
+            for text, name in zip(texts, names, strict=True)
+        ]
+
+    def nearest_cost(self, question: str) -> int:
+        return len(self._asked(question))
+
+    async def nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        return await asyncio.to_thread(self._nearest, question, texts, k)
+
+    def composed(self, texts: Sequence[str]) -> BaseChatModel:
+        fields = {name: getattr(self.chat, name) for name in type(self.chat).model_fields}
+        first = len(self.before)
+        kept = tuple(
+            Kept(tuple(ids), first, first + self.counter.count_text(text))
+            for text, ids in self.reader.held_as(texts).items()
+        )
+        return ComposedChat(**fields, kept=kept, keep=KEEP)
+
+    def _nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        ids = self._asked(question)
+        with self._holding([ids], False) as (context,):
+            count = len(ids) - len(self.before)
+            vector = self._measure().question(unrotated(self.engine, context, len(self.before), count))
+            computed, reused = context.computed, context.reused
+        places: dict[str, list[int]] = {}
+        for place, text in enumerate(texts):
+            places.setdefault(passage_name(text), []).append(place)
+        values = [float("-inf")] * len(texts)
+        for hit in self.vectors.search(vector, k, list(places)):
+            for place in places[hit.owner]:
+                values[place] = hit.score
+        return Scores(tuple(values), computed, reused, tuple(self._told()))
+
+    def _read(self, texts: Sequence[str]) -> tuple[list[Passage], int]:
+        """Read passages and make them part of the index; returns them and the tokens computed."""
+        ids = self.reader.held_as(texts)
+        passages = [
+            Passage(passage_name(text), self.counter.count_text(text), tuple(self.engine.kept(one, KEEP)))
+            for text, one in ids.items()
+        ]
+        with self._holding(list(ids.values())) as contexts:
+            keys = [
+                unrotated(self.engine, context, len(self.before), one.tokens)
+                for context, one in zip(contexts, passages, strict=True)
+            ]
+            computed = sum(context.computed for context in contexts)
+            for context in contexts:
+                self.engine.keep(context, KEEP)
+        if lost := [one for one in passages if not self._complete(one)]:
+            raise StoreError(
+                f"{len(lost)} passages were read and left the disk at once",
+                code="no_space",
+                hint="free some space or raise kv_bytes, and index again: it goes on where it was",
+            )
+        measure = self._measure(keys)
+        self.vectors.put(
+            {one.name: measure.passage(key) for one, key in zip(passages, keys, strict=True) if one.tokens}
+        )
+        self.catalog.add(passages)
+        return passages, computed
+
+    def _measure(self, keys: Sequence[Tensor] = ()) -> Measure:
+        """What this index compares keys by: fixed by the first passages that it was made of."""
+        found = self.catalog.fact("measure")
+        if found is None:
+            questions = [self._asked(question) for question in QUESTIONS]
+            with self._holding(questions, False) as contexts:
+                first = len(self.before)
+                self._try_composing(contexts[0])
+                asked = [unrotated(self.engine, one, first, len(one.ids) - first) for one in contexts]
+            self.catalog.state({"measure": Measure.of(keys, asked).packed()})
+            found = self.catalog.fact("measure")
+        assert found is not None
+        return Measure.unpacked(found, self._shape)
+
+    def _try_composing(self, context: Context) -> None:
+        """Raise ModelError (unsupported) before anything is indexed for a model that cannot go on from it."""
+        source = Source.of(self.engine, context.table)
+        try:
+            joined = gathered(self.engine, [source], context.ids, len(context.ids))
+        finally:
+            source.close(self.engine)
+        try:
+            joined.feed(context.ids[-1:])
+        finally:
+            joined.close()
+
+    def _check(self, name: str) -> None:
+        """Refuse an index of another model or of passages that are cut or kept differently."""
+        own = f"{self.engine.root} {self.passage_tokens} {KEEP} {self.before} {router_layers(self.engine)}"
+        facts = {"made of": own.encode(), "model": name.encode(), "kv": self.store.folder.name.encode()}
+        self.catalog.state(facts)
+        if self.catalog.fact("made of") != facts["made of"]:
+            made = (self.catalog.fact("model") or b"").decode()
+            raise StoreError(
+                f"the index {self.database.path} was made with another model or version ({made})",
+                code="version",
+                hint="agentctx index rm --all, and index again",
+            )
+
+    def _passages(self, document: Document) -> list[str]:
+        chunks = split(document, self.passage_tokens, self.counter)
+        texts = (document.text[one.span.start : one.span.end] for one in chunks)
+        return [text for text in texts if text.strip()]
+
+    def _asked(self, question: str) -> list[int]:
+        return [*self.before, *self.chat.template.encode_text(question.strip())]
+
+    @contextmanager
+    def _holding(self, texts: list[list[int]], keep: Keep = KEEP) -> Iterator[list[Context]]:
+        """Contexts over these tokens, closed at the end."""
+        contexts = self.engine.read_all(texts, keep=keep)
+        try:
+            yield contexts
+        finally:
+            for context in contexts:
+                context.close()
+
+    def _complete(self, passage: Passage) -> bool:
+        return all(name in self.store for name in passage.blocks)
+
+    def _bytes(self, passages: Iterable[Passage]) -> int:
+        paths = self.store.files([name for one in passages for name in one.blocks])
+        return sum(path.stat().st_size for path in set(paths) if path.exists())
+
+    def _fitting(self, texts: Sequence[str], room: int) -> int:
+        """How many of these texts certainly fit in so many bytes: as whole blocks, before any codec."""
+        block, count = self.engine.body.shape.page_bytes + HEAD, 0
+        for ids in self.reader.held_as(texts).values():
+            room -= -(-len(ids) // PAGE_TOKENS) * block
+            if room < 0:
+                break
+            count += 1
+        return count
+
+    def _full(self, left: int) -> StoreError:
+        return StoreError(
+            f"the KV of the indexed passages fills {FULL:.0%} of {self.store.shelf.budget:,} bytes: "
+            f"{left:,} passages are not indexed",
+            code="no_space",
+            hint="raise kv_bytes and index again: it goes on where it was",
+        )
+
+    def _told(self) -> list[str]:
+        told, self.vectors.warnings = self.vectors.warnings, []
+        return told
+
+
+def folder_of(root: Path, model: Model) -> Path:
+    """Where the index of a local model is, or would be, under `root`."""
+    assert isinstance(model.chat, LocalChat)
+    return root / model.chat.weights.engine.root[:16]
+
+
+def usable(model: Model) -> bool:
+    """Whether a model keeps what it reads, and can go on from pieces of it."""
+    if not isinstance(model.chat, LocalChat):
+        return False
+    engine = model.chat.weights.engine
+    plain = not isinstance(engine.pool, QuantisedPool) and None not in engine.body.rotations()
+    return plain and engine.store is not None and engine.method.joins and not engine.method.evicts
