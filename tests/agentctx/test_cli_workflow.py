@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,35 @@ def test_the_example_of_the_readme_runs(capfd):
         question = ["--question", "What is the code of Zed?"]
         assert run(["workflow", "run", "look_further.yaml", "hay.txt", *question, *model]) == 0
     assert "Zed is K77 [1]" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kill_after", [2, 7])
+def test_a_killed_run_repeats_no_finished_call(tmp_path, kill_after):
+    terms = next(str(path) for path in FLOWS if path.stem == "contract_terms")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(*args):
+        command = [sys.executable, "-m", "agentctx", *args, "--json"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    with ScriptedEndpoint(finding(r"The code of (\w+ is \w+)\."), delay=0.1) as endpoint:
+        model = ["--model", "openai:scripted", "--base-url", endpoint.url, "--window", "2000"]
+        asked = ["workflow", "run", terms, "hay.txt", "--question", "What is the code of Zed?", *model]
+        process = start(*asked, "--run-id", "r")
+        while len(endpoint.finished) < kill_after:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.3)  # what was in flight at the kill ends on the server's side
+        trace = tmp_path / "home" / "state" / "runs" / "r" / "trace.jsonl"
+        settled = sum('"event": "settle"' in line for line in trace.read_text().splitlines())
+        before = len(endpoint.finished)
+        resumed = start("runs", "resume", "r")
+        out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    said = json.loads(out)
+    assert said["status"] == "complete" and "Zed is K77" in said["answer"]
+    repeated = len(endpoint.finished) - len(set(endpoint.finished))
+    assert repeated <= before - settled, "a reply that never arrived is asked for again, and no other"
+    assert said["usage"]["calls"] <= said["plan"]["ceiling"]["calls"]
