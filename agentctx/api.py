@@ -17,27 +17,26 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from agentctx.asked import Kind, task_of
+from agentctx.attempt import carried_out
 from agentctx.blocking import blocking, blocking_iterator
 from agentctx.each import Each, Unit
 from agentctx.memory.blobs import Blobs
 from agentctx.memory.documents import Corpus, Selection
-from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError
+from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Answer, Budget, Notice, Plan
 from agentctx.paths import KV_BYTES, Paths
 from agentctx.privacy import tracing_notices
 from agentctx.runs import Runs
 from agentctx.secret import kept_secret
-from agentctx.session import execute, outcome
 from agentctx.sources import Source, corpus_of
-from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.conclude import ANSWER
 from agentctx.workflows.fence import draw_tag
 from agentctx.workflows.frame import Strategy
 from agentctx.workflows.registry import strategy as named_strategy
-from agentctx.workflows.run import RunContext, Stop
+from agentctx.workflows.run import Stop
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Part, Task
-from agentctx.workflows.trace import Event, Trace, read_trace
+from agentctx.workflows.trace import Event
 
 if TYPE_CHECKING:
     from agentctx.memory.kv.dtype import KVDtype
@@ -256,7 +255,7 @@ class Context:
         manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
         allowed = strategy.allowed(Budget(**manifest["budget"]))
         scope = context._scope(task, allowed, manifest["tag"])
-        return await context._carry_out(run_id, manifest, scope, strategy, stop, on_event)
+        return await carried_out(context, run_id, manifest, scope, strategy, stop, on_event)
 
     ask = blocking(aask)
     summarize = blocking(asummarize)
@@ -311,47 +310,7 @@ class Context:
             blobs = Blobs(self.paths.blobs)
             for document in self.corpus.documents:
                 blobs.put_document(document)
-        return await self._carry_out(run_id, manifest, scope, chosen, stop, on_event)
-
-    async def _carry_out(
-        self,
-        run_id: str,
-        manifest: dict[str, Any],
-        scope: Scope,
-        strategy: Strategy,
-        stop: Stop | None,
-        on_event: Listener | None,
-    ) -> Answer:
-        """Plan, run, and keep the manifest true at each step."""
-        plan = await asyncio.to_thread(strategy.plan, scope)
-        runs = Runs(self.paths.runs) if self.listed and not self.ephemeral else None
-        folder = runs.folder(run_id) if runs else None
-        trace_path = folder / "trace.jsonl" if folder else None
-        past = list(read_trace(trace_path)) if trace_path and trace_path.exists() else []
-        status: dict[str, Any] = {"status": "failed"}
-        cache = LeafCache(None if self.ephemeral else self.paths.calls)
-        if runs:
-            runs.write(run_id, {**manifest, "status": "running"})
-        trace = Trace(run_id, trace_path, on_event)
-        run = RunContext(run_id, scope, self.model.chat, plan, cache, trace, stop or Stop())
-        if cache.warning:
-            run.warn("cache_damaged", cache.warning)
-        run.ledger.replay(past)
-        # With its start, because a database may be shared, and an id may be used again once a run is removed.
-        thread = f"{run_id}:{manifest['attempt']}:{manifest['started']}"
-        try:
-            answer = await execute(run, strategy, self.corpus, folder, thread)
-            status = {"status": answer.status, "answer": ANSWER.dump_python(answer, mode="json")}
-            return outcome(run, answer)
-        except AgentctxError as error:
-            if not isinstance(error, BudgetExceeded):
-                status = {"status": "failed", "error": error.message}
-            raise
-        finally:
-            trace.close()
-            cache.close()
-            if runs:
-                runs.write(run_id, {**manifest, **status})
+        return await carried_out(self, run_id, manifest, scope, chosen, stop, on_event)
 
 
 def _strategy(given: str | Strategy) -> Strategy:
