@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
@@ -218,6 +219,7 @@ def main() -> None:
     done = {(one["part"], one["id"], one.get("passages")) for one in lines}
 
     def keep(line: dict[str, Any]) -> None:
+        line["load"] = round(os.getloadavg()[0], 1)  # above the number of cores, seconds say little
         lines.append(line)
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -137,8 +137,8 @@ def test_what_cannot_be_indexed_is_a_typed_error(tmp_path, notes, capsys, monkey
     assert "kv_bytes" in capsys.readouterr().err
 
 
-def test_killed_and_side_by_side_it_goes_on_and_nothing_is_read_twice(tmp_path, home, capsys):
-    """Two processes index the same folder; one is killed while it reads, and a third finishes."""
+def test_killed_and_side_by_side_the_index_is_whole_and_complete(tmp_path, home, capsys):
+    """Two processes index the same folder; one is killed while it reads, and the other finishes."""
     folder = tmp_path / "many"
     folder.mkdir()
     for n in range(60):
