@@ -13,6 +13,7 @@ PARTS = ("kernels", "memory", "workflows")
 FOLDERS = ("agentctx", *PARTS)
 REFUSED_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "core", "misc"}
 MAX_FILE_LINES = 350  # review aims at 300
+MAX_KERNEL_LINES = 450  # a kernel and its host function stay together
 MAX_FUNCTION_LINES = 60  # review aims at 40
 
 
@@ -60,7 +61,8 @@ def test_exported_names() -> None:
 def test_files_and_functions_stay_small() -> None:
     for file, tree in sources():
         lines = len(file.read_text().splitlines())
-        assert lines <= MAX_FILE_LINES, f"{file.relative_to(ROOT)} has {lines} lines"
+        limit = MAX_KERNEL_LINES if file.parent.name == "gpu" else MAX_FILE_LINES
+        assert lines <= limit, f"{file.relative_to(ROOT)} has {lines} lines"
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):

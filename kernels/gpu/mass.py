@@ -26,7 +26,8 @@ CONFIGS = (
     Config(dim=64, kinds=("fp32",), blocks={"BM": 32, "BN": 32}, warps=4, stages=2),
     Config(kinds=("fp32",), blocks={"BM": 16, "BN": 16}, warps=4, stages=2),
     Config(rows=16, dim=128, blocks={"BM": 16, "BN": 64}, warps=4, stages=3),
-    Config(dim=128, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
+    Config(arch=90, dim=128, blocks={"BM": 64, "BN": 64}, warps=4, stages=3),
+    Config(dim=128, blocks={"BM": 64, "BN": 64}, warps=8, stages=2),
     Config(rows=16, blocks={"BM": 16, "BN": 64}, warps=4, stages=2),
     Config(blocks={"BM": 64, "BN": 64}, warps=4, stages=2),
 )
