@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agentctx.memory.types import Cost
 from agentctx.workflows.cache import call_key
@@ -21,10 +21,18 @@ class Refused(Exception):
 class MeteredReader:
     """A `Reader` for one run. Scores are kept in the leaf cache, so a resumed run scores nothing twice."""
 
-    def __init__(self, run: RunContext, *, finishing: bool = False) -> None:
+    def __init__(
+        self,
+        run: RunContext,
+        *,
+        finishing: bool = False,
+        holders: Callable[[str], Sequence[str]] | None = None,
+    ) -> None:
+        """`holders`: which documents hold a text, for callers that know; they are looked for otherwise."""
         if run.scope.reader is None:
             raise ValueError("this run has no reader")
         self._run, self._reader, self._finishing = run, run.scope.reader, finishing
+        self._holders = holders or run.scope.holders
 
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         return self._reader.likelihood_cost(question, texts)
@@ -60,7 +68,7 @@ class MeteredReader:
             raise Refused("budget")
         actual = worst
         try:
-            sources = await asyncio.to_thread(lambda: [run.scope.holders(text) for text in texts])
+            sources = await asyncio.to_thread(lambda: [self._holders(text) for text in texts])
             scores = await reader.likelihood(question, texts, sources)
             actual = Cost(0, scores.computed_tokens, 0)
         finally:
