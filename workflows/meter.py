@@ -44,13 +44,23 @@ async def metered(
 class MeteredReader:
     """A `Reader` for one run. Scores are kept in the leaf cache, so a resumed run scores nothing twice."""
 
-    def __init__(self, run: RunContext, *, finishing: bool = False, reader: Reader | None = None) -> None:
-        """`reader`: in the place of the run's, its scores kept apart."""
+    def __init__(
+        self,
+        run: RunContext,
+        *,
+        finishing: bool = False,
+        reader: Reader | None = None,
+        holders: Callable[[str], Sequence[str]] | None = None,
+    ) -> None:
+        """`reader`: in the place of the run's, its scores kept apart. `holders`: which documents hold a text,
+        for callers that know; they are looked for otherwise.
+        """
         found = reader or run.scope.reader
         if found is None:
             raise ValueError("this run has no reader")
         self._run, self._reader, self._finishing = run, found, finishing
         self._role = "likelihood" if found is run.scope.reader else "kv_likelihood"
+        self._holders = holders or run.scope.holders
 
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         return self._reader.likelihood_cost(question, texts)
@@ -79,7 +89,7 @@ class MeteredReader:
         reader: Reader = self._reader
 
         async def look() -> Scores:
-            sources = await asyncio.to_thread(lambda: [run.scope.holders(text) for text in texts])
+            sources = await asyncio.to_thread(lambda: [self._holders(text) for text in texts])
             return await reader.likelihood(question, texts, sources)
 
         return await metered(run, reader.likelihood_cost(question, texts), look, finishing=self._finishing)

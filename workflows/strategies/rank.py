@@ -151,8 +151,12 @@ class Rank(Strategy):
             return await self._judged(run)
         texts, first = self._texts(run.scope), self._first_stage(run.scope)
         question = run.scope.task.question
+        labels: dict[str, list[str]] = {}
+        for text, passage in zip(texts, self.passages(run.scope), strict=True):
+            labels.setdefault(text, []).append(run.scope.label(passage.span))
         try:
-            found = await rank(question, texts, reader=MeteredReader(run), candidates=len(texts), first=first)
+            reader = MeteredReader(run, holders=labels.__getitem__)
+            found = await rank(question, texts, reader=reader, candidates=len(texts), first=first)
         except Refused as refused:
             run.warn("ranked_by_words", f"the candidates were ranked by words alone ({refused})")
             found = await rank(question, texts, reader=None, first=first)
