@@ -21,6 +21,7 @@ RANKS = {
     "paths": 0,
     "asked": 0,
     "blocking": 0,
+    "checkpoints": 0,
     "privacy": 0,
     "secret": 0,
     "sources": 0,
