@@ -30,7 +30,7 @@ from agentctx.models.template import ChatTemplate
 from agentctx.models.weights import Weights
 from agentctx.paths import KV_BYTES, Paths
 from agentctx.reading.frame import Frame, chat_frame, own_frame
-from agentctx.reading.offsets import Offsets
+from agentctx.memory.offsets import Offsets
 from agentctx.reading.reading import Reading
 from agentctx.reading.records import Window
 from agentctx.reading.request import Place

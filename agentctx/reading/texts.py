@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from agentctx.memory.errors import ConfigError, InputError
 from agentctx.memory.types import Document, Span
-from agentctx.reading.offsets import Offsets
+from agentctx.memory.offsets import Offsets
 
 
 @dataclass(frozen=True, slots=True)

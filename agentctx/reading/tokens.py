@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from agentctx.reading.offsets import Offsets
+from agentctx.memory.offsets import Offsets
 from agentctx.reading.texts import check_unicode
 
 if TYPE_CHECKING:

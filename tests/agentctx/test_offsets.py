@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from agentctx.memory.errors import InputError
 from agentctx.models.tokenizer import Tokenizer as OurTokenizer
 from agentctx.paths import Paths
-from agentctx.reading.offsets import Offsets
+from agentctx.memory.offsets import Offsets
 from agentctx.reading.tokens import Tokens
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>"]

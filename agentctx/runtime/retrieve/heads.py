@@ -1,0 +1,99 @@
+"""Which heads look at what a question asks for, chosen on texts where that is known.
+
+Few heads retrieve (Wu et al., "Retrieval Head Mechanistically Explains Long-Context Factuality", arXiv
+2404.15574), they stand in the middle of a model, and the best ones alone are not the best together. So heads
+are added one at a time, by what they add on one half of the questions, while the other half agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentctx.runtime.retrieve.spans import worth
+
+MIDDLE = (0.45, 0.75)  # depths between which the layers of a model retrieve, where nothing better is known
+MOST = 16  # heads
+TRIED = 48  # heads that are best alone: the others are not tried
+PATIENCE = 3  # heads in a row that the other half sees no use in, after which the search ends
+
+
+def middle(layers: int, heads: int) -> Tensor:
+    """The weight of each head of a model that was not calibrated, float32 `[layers, Hq]`."""
+    depth = torch.arange(layers) / max(1, layers - 1)
+    inside = (depth >= MIDDLE[0]) & (depth <= MIDDLE[1])
+    return weighed([(int(i), h) for i in inside.nonzero()[:, 0] for h in range(heads)], layers, heads)
+
+
+def weighed(chosen: Sequence[tuple[int, int]], layers: int, heads: int) -> Tensor:
+    """The same weight for each of these heads `(layer, head)`, together 1: float32 `[layers, Hq]`."""
+    found = torch.zeros(layers, heads)
+    for layer, head in chosen:
+        found[layer, head] = 1 / len(chosen)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """One question of a text: `mass [layers, Hq, N]`, smoothed and without what an empty question gets; the
+    tokens of the text's `spans`, and which of them is `right`.
+    """
+
+    mass: Tensor
+    spans: Sequence[range]
+    right: int
+
+
+def auc(scores: Tensor, right: int) -> Tensor:
+    """The share of the other spans that stand behind the right one, half of those beside it; `[..., S]`."""
+    own = scores[..., right, None]
+    others = torch.cat([scores[..., :right], scores[..., right + 1 :]], -1)
+    return (others < own).float().mean(-1) + (others == own).float().mean(-1) / 2
+
+
+def first(scores: Tensor, right: int) -> Tensor:
+    """Whether the right span stands first, float32 `[...]` of `[..., S]`."""
+    return (scores.argmax(-1) == right).float()
+
+
+def alone(asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
+    """Of each head, mean over the questions: AUC, and how often the right span is first; `[layers, Hq]`."""
+    scores = [worth(one.mass.float(), one.spans) for one in asked]
+    both = zip(asked, scores, strict=True)
+    pairs = [(auc(score, one.right), first(score, one.right)) for one, score in both]
+    return torch.stack([a for a, _ in pairs]).mean(0), torch.stack([b for _, b in pairs]).mean(0)
+
+
+def together(asked: Sequence[Asked], heads: Tensor) -> tuple[float, float]:
+    """The same two figures for heads by their weights `[layers, Hq]`."""
+    found = [worth(torch.tensordot(heads, one.mass.float(), 2), one.spans) for one in asked]
+    pairs = [(auc(s, one.right), first(s, one.right)) for one, s in zip(asked, found, strict=True)]
+    return float(torch.stack([a for a, _ in pairs]).mean()), float(torch.stack([b for _, b in pairs]).mean())
+
+
+def chosen(one: Sequence[Asked], other: Sequence[Asked]) -> list[tuple[int, int]]:
+    """The heads, in the order in which they were added: best together on `one`, as far as `other` gains."""
+    ranked, _ = alone(one)
+    width = ranked.shape[1]
+    tried = [divmod(int(index), width) for index in ranked.flatten().argsort(descending=True)[:TRIED]]
+    picked: list[tuple[int, int]] = []
+    best, kept = 0.0, 0
+    sums: list[Tensor | None] = [None] * len(one)
+    while len(picked) < min(MOST, len(tried)) and len(picked) - kept < PATIENCE:
+        rest = [head for head in tried if head not in picked]
+        gains = torch.zeros(len(rest))
+        for index, asked in enumerate(one):
+            mass = torch.stack([asked.mass[head].float() for head in rest])
+            before = sums[index]
+            gains += auc(worth(mass if before is None else mass + before, asked.spans), asked.right)
+        picked.append(rest[int(gains.argmax())])
+        for index, asked in enumerate(one):
+            own, before = asked.mass[picked[-1]].float(), sums[index]
+            sums[index] = own if before is None else own + before
+        seen, _ = together(other, weighed(picked, *ranked.shape))
+        if seen > best:
+            best, kept = seen, len(picked)
+    return picked[:kept]
