@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from langchain_core.messages import BaseMessage
 
 SOURCES = "agentctx_sources"  # in a message's additional_kwargs: names of the documents whose text it holds
+SpanMethod = Literal["attention", "focal", "likelihood", "entropy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,16 @@ class Scores:
     computed_tokens: int
     reused_tokens: int  # tokens whose KV was already held
     warnings: tuple[str, ...] = ()  # what failed without changing a score
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceScores:
+    """For each text one score per sentence, in the order of `memory.sentences`; higher is more relevant."""
+
+    values: tuple[tuple[float, ...], ...]
+    computed_tokens: int
+    reused_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 class Counter(Protocol):
@@ -54,4 +65,20 @@ class Reader(Protocol):
 
     def likelihood_cost(self, question: str, texts: Sequence[str]) -> int:
         """The most tokens `likelihood` can compute for these arguments, without computing anything."""
+        ...
+
+
+class SpanReader(Reader, Protocol):
+    """A Reader that also knows where in a text to look."""
+
+    async def score_spans(
+        self, question: str, texts: Sequence[str], *, method: SpanMethod = "attention"
+    ) -> SentenceScores:
+        """How relevant each sentence of each text is.
+
+        "attention": what the question's rows attend to in the text, "focal": what the row after the beginning
+        of an answer does; both are comparable within a text only. "likelihood" and "entropy" read each
+        sentence by itself: how well it predicts the question, how sure the model is of the answer's beginning
+        (nats below 0).
+        """
         ...

@@ -13,26 +13,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-_FIRST = (
+
+def _words(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
+_FIRST = _words(
     "Ada Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Katja Luis Mina Noor Otto Petra Quentin Rosa "
     "Stefan Thea Umar Vera Willem Yara"
-).split()
-_LAST = (
+)
+_LAST = _words(
     "Albrecht Bauer Castellan Dvorak Eriksen Fontaine Gruber Halvorsen Iwasaki Janssen Kowalski Lindqvist "
     "Moreau Novak Okafor Petrov Quint Rasmussen Santoro Takeda Ulrich Vargas Weiss Zielinski"
-).split()
+)
 _VALUES: Mapping[str, Sequence[str]] = MappingProxyType(
     {
-        "job": "carpenter dentist pilot baker surveyor plumber florist notary welder translator".split(),
-        "town": "Lisbon Tampere Ghent Valencia Odense Graz Bergen Toledo Utrecht Cork".split(),
-        "food": "peanuts shellfish sesame celery mustard walnuts lupin barley almonds cashews".split(),
-        "instrument": "cello trumpet harp oboe clarinet violin banjo accordion flute bassoon".split(),
-        "colour": "crimson turquoise olive violet silver orange beige maroon indigo black".split(),
-        "animal": "parrot tortoise ferret greyhound hamster goat rabbit gecko pony cat".split(),
-        "language": "Basque Finnish Korean Swahili Welsh Tamil Greek Icelandic Turkish Czech".split(),
-        "prize": "Harland Pemberton Sorel Wexford Calloway Brandt Lockhart Tremaine Ashby Moritz".split(),
-        "sport": "fencing rowing judo badminton archery curling handball squash polo karate".split(),
-        "dish": "lasagne goulash paella risotto dumplings chowder moussaka ramen quiche tacos".split(),
+        "job": _words("carpenter dentist pilot baker surveyor plumber florist notary welder translator"),
+        "town": _words("Lisbon Tampere Ghent Valencia Odense Graz Bergen Toledo Utrecht Cork"),
+        "food": _words("peanuts shellfish sesame celery mustard walnuts lupin barley almonds cashews"),
+        "instrument": _words("cello trumpet harp oboe clarinet violin banjo accordion flute bassoon"),
+        "colour": _words("crimson turquoise olive violet silver orange beige maroon indigo black"),
+        "animal": _words("parrot tortoise ferret greyhound hamster goat rabbit gecko pony cat"),
+        "language": _words("Basque Finnish Korean Swahili Welsh Tamil Greek Icelandic Turkish Czech"),
+        "prize": _words("Harland Pemberton Sorel Wexford Calloway Brandt Lockhart Tremaine Ashby Moritz"),
+        "sport": _words("fencing rowing judo badminton archery curling handball squash polo karate"),
+        "dish": _words("lasagne goulash paella risotto dumplings chowder moussaka ramen quiche tacos"),
     }
 )
 # What a fact says, its value, and what is asked. The kinds of each half of the needles are its own.
@@ -98,10 +103,10 @@ _KINDS: Sequence[Sequence[tuple[tuple[str, ...], str, tuple[str, ...]]]] = (
         ),
     ),
 )
-_NOUNS = (
+_NOUNS = _words(
     "harbour market library station orchard bridge museum workshop theatre garden mill quarry chapel "
     "vineyard factory tower canal meadow archive ferry"
-).split()
+)
 _LINES = (
     "The {} stands a short walk from the {}.",
     "Every autumn the {} is repaired before the {}.",
@@ -170,7 +175,9 @@ def haystack(
 
 def _facts(draw: random.Random, half: int, people: int) -> list[tuple[str, tuple[str, str] | None]]:
     """Facts in any order, each with its question and value. Names differ in both parts."""
-    names = [" ".join(pair) for pair in zip(draw.sample(_FIRST, people), draw.sample(_LAST, people))]
+    names = [
+        " ".join(pair) for pair in zip(draw.sample(_FIRST, people), draw.sample(_LAST, people), strict=True)
+    ]
     found: list[tuple[str, tuple[str, str] | None]] = []
     for statements, what, questions in _KINDS[half]:
         values = _VALUES.get(what) or [str(number) for number in draw.sample(range(1000, 9999), people)]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentctx.memory.errors import ConfigError, InputError
-from agentctx.memory.types import Document, Span
 from agentctx.memory.offsets import Offsets
+from agentctx.memory.types import Document, Span
 
 
 @dataclass(frozen=True, slots=True)

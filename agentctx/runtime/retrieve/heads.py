@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agentctx.runtime.engine import Engine
+from agentctx.runtime.retrieve.mass import query_heads
 from agentctx.runtime.retrieve.spans import worth
 
 MIDDLE = (0.45, 0.75)  # depths between which the layers of a model retrieve, where nothing better is known
@@ -36,15 +38,23 @@ def weighed(chosen: Sequence[tuple[int, int]], layers: int, heads: int) -> Tenso
     return found
 
 
+def heads_of(engine: Engine, picked: Sequence[tuple[int, int]] | None) -> Tensor:
+    """The weights of calibrated heads; None: of the middle layers' of the engine's model."""
+    layers, heads = engine.pool.shape.layers, query_heads(engine)
+    return middle(layers, heads) if picked is None else weighed(picked, layers, heads)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
     """One question of a text: `mass [layers, Hq, N]`, smoothed and without what an empty question gets; the
-    tokens of the text's `spans`, and which of them is `right`.
+    tokens of the text's `spans`, and which of them is `right`; the `share [layers, Hq]` of its attention that
+    each head gives to it.
     """
 
     mass: Tensor
     spans: Sequence[range]
     right: int
+    share: Tensor
 
 
 def auc(scores: Tensor, right: int) -> Tensor:

@@ -17,8 +17,9 @@ from agentctx.kernels.mass import attention_mass
 from agentctx.memory.errors import ModelError
 from agentctx.memory.kv.past import Past
 from agentctx.runtime.context import Context
+from agentctx.runtime.engine import Engine
 from agentctx.runtime.layer import LayerKV, attend_past
-from agentctx.runtime.methods.evictor import Watching
+from agentctx.runtime.methods.evictor import Watching, observe
 
 
 def attended(
@@ -69,13 +70,19 @@ def attended(
         for twin in twins:
             twin.close()
     if found is None:
-        raise ModelError(
-            "none of the layers that are looked at sees the whole text",
-            code="unsupported",
-            hint="calibrate the model, or score by likelihood",
-        )
+        raise _blind()
     inside = torch.arange(max(held)) < torch.tensor(held)[:, None]  # and not what was asked
     return found * inside.view(len(held), *[1] * (found.dim() - 2), -1).to(found.device)
+
+
+def query_heads(engine: Engine) -> int:
+    """Hq of the model, which only its queries tell."""
+    seen: list[int] = []
+    observe(context := engine.read([0]), 0, 1, lambda q, kv: seen.append(q.shape[1]))
+    context.close()
+    if not seen:
+        raise _blind()
+    return seen[0]
 
 
 def _held(context: Context) -> int:
@@ -144,3 +151,11 @@ def _over_past(q: Tensor, kv: LayerKV, past: Past) -> Tensor:
 
 def _nothing(q: Tensor, kv: LayerKV) -> None:
     """The rows that only lead to those that are looked at."""
+
+
+def _blind() -> ModelError:
+    return ModelError(
+        "none of the layers that are looked at sees the whole text",
+        code="unsupported",
+        hint="score by likelihood",
+    )
