@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from agentctx import __version__
-from agentctx.cli import ask, bench, config, doctor, exits, kv, models, runs, trace
+from agentctx.cli import ask, bench, calibrate, config, doctor, exits, kv, models, runs, trace
 from agentctx.memory.errors import AgentctxError, ConfigError
 
 # typer keeps its copy of click private; a usage error is what a bad parameter is a case of.
@@ -27,6 +27,7 @@ app.command("ask")(ask.ask)
 app.command("summarize")(ask.summarize)
 app.add_typer(ask.plan, name="plan")
 app.add_typer(models.app, name="models")
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")
 app.add_typer(runs.app, name="runs")

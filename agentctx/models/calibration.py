@@ -23,8 +23,8 @@ VERSION = 1  # raise it when what calibrating does changes what it finds
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`heads`: (layer, head) of a model of `layers` layers of `width` query heads each, in the order in which
-    they were chosen. `auc` and `first`: of the half of the needles on which they were not chosen, how far in
-    front the right sentence stands and how often it is first; `auc_middle`, `first_middle`: the same by all
+    they were chosen. `mrr` and `first`: on the half of the needles on which they were not chosen, mean reciprocal
+    rank of the right sentence and how often it is first; `mrr_middle`, `first_middle`: the same by all
     heads of the middle layers. `hits` and `shares`, `[layers][width]`: of each head alone, how often the
     right sentence is first, and the share of its attention that goes there.
 
@@ -36,9 +36,9 @@ class Calibration:
     layers: int
     width: int
     heads: tuple[tuple[int, int], ...]
-    auc: float
+    mrr: float
     first: float
-    auc_middle: float
+    mrr_middle: float
     first_middle: float
     questions: int
     tokens: int  # of each text

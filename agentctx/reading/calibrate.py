@@ -32,7 +32,7 @@ RECALL = 0.9
 ANSWER = 32  # tokens that an answer may take to name a fact
 ROOM = 256  # tokens of the window that are left for what stands around a text, a question and an answer
 
-Say = Callable[[str], None]
+Say = Callable[[str, int, int | None], None]  # a stage, how far it is, and of how much
 
 
 def calibrate(
@@ -42,7 +42,7 @@ def calibrate(
     seed: int = 0,
     texts: int = TEXTS,
     questions: int = QUESTIONS,
-    say: Say = lambda _: None,
+    say: Say = lambda *_: None,
 ) -> Calibration:
     """Calibrate a model. `data`: a folder of .txt files whose sentences stand between the facts.
 
@@ -55,18 +55,18 @@ def calibrate(
     for half in (0, 1):
         asked: list[Asked] = []
         for number in range(texts):
+            say("looking for facts", half * texts + number, 2 * texts)
             draw = random.Random(f"{seed} {half} {number}")
             hay = haystack(draw, tokens, engine.count, half=half, filler=filler)
             asked += _asked(engine, hay, draw.sample(hay.needles, min(questions, len(hay.needles))))
-            say(f"looking for facts: text {half * texts + number + 1} of {2 * texts}")
         halves.append(asked)
-    say("choosing heads")
+    say("choosing heads", 0, None)
     layers, width = halves[0][0].mass.shape[:2]
     found = []
     for one, other in (halves, halves[::-1]):
         heads = chosen(one, other)
         found.append((*together(other, weighed(heads, layers, width)), heads, other))
-    auc, first, heads, other = max(found, key=lambda each: each[0])
+    mrr, first, heads, other = max(found, key=lambda each: each[0])
     before = together(other, middle(layers, width))
     _, hits = alone([*halves[0], *halves[1]])
     shares = torch.stack([each.share for half in halves for each in half]).mean(0)
@@ -77,9 +77,9 @@ def calibrate(
         layers=layers,
         width=width,
         heads=tuple(heads),
-        auc=round(auc, 4),
+        mrr=round(mrr, 4),
         first=round(first, 4),
-        auc_middle=round(before[0], 4),
+        mrr_middle=round(before[0], 4),
         first_middle=round(before[1], 4),
         questions=len(other),
         tokens=tokens,
@@ -120,10 +120,10 @@ def _recalls(engine: Engine, seed: int, filler: Sequence[str], say: Say) -> dict
     found: dict[int, float] = {}
     length = SHORTEST
     while length <= engine.weights.context - ROOM:
+        say(f"asking for facts in {length:,} tokens", 0, None)
         named = [_named(engine, length, half, seed, filler) for half in (0, 1)]
         right = [one for half in named for one in half]
         found[length] = round(sum(right) / len(right), 4)
-        say(f"{length} tokens: {found[length]:.0%} of the facts named")
         if found[length] < RECALL:
             break
         length *= 2

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
-from grouped import HEADS, LAYERS, SIZE, body, engine, hidden, words
+from grouped import HEADS, LAYERS, SIZE, engine, hidden, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +20,15 @@ from agentctx.runtime.engine import Engine
 from agentctx.runtime.hf.body import HFBody
 from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.evictor import show
-from agentctx.runtime.retrieve.heads import Asked, auc, chosen, heads_of, middle, together, weighed
+from agentctx.runtime.retrieve.heads import (
+    Asked,
+    chosen,
+    heads_of,
+    middle,
+    reciprocal_rank,
+    together,
+    weighed,
+)
 from agentctx.runtime.retrieve.mass import attended, query_heads
 from agentctx.runtime.retrieve.spans import BEST, BOX, smoothed, worth
 
@@ -89,8 +96,8 @@ def test_a_sparse_method_looks_with_exact_attention() -> None:
     close(attended([sparse], asked, rows=ROWS)[0], definition(engine(3).read(words(900)), asked, ROWS))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5), group=st.sampled_from([1, 3, 4]))
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 130), min_size=1, max_size=4), group=st.sampled_from([1, 3, 4]))
 def test_a_batch_is_its_rows(lengths: list[int], group: int) -> None:
     subject = engine(group)
     contexts = subject.read_all([words(length, seed=length) for length in lengths])
@@ -221,7 +228,6 @@ def test_a_head_that_only_one_half_likes_is_not_kept() -> None:
     assert chosen(one, other) == [(1, 2)]
 
 
-def test_auc_counts_ties_half() -> None:
-    assert float(auc(torch.tensor([1.0, 2.0, 2.0, 3.0]), 1)) == pytest.approx(0.5)
-    assert float(auc(F.one_hot(torch.tensor(2), 5).float(), 2)) == 1
-    assert body(3).heads == HEADS * 3
+def test_reciprocal_rank() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 3.0], [0.0, 9.0, 2.0, 3.0]])
+    assert reciprocal_rank(scores, 1).tolist() == [0.5, 1.0]

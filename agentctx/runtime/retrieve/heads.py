@@ -57,11 +57,13 @@ class Asked:
     share: Tensor
 
 
-def auc(scores: Tensor, right: int) -> Tensor:
-    """The share of the other spans that stand behind the right one, half of those beside it; `[..., S]`."""
-    own = scores[..., right, None]
-    others = torch.cat([scores[..., :right], scores[..., right + 1 :]], -1)
-    return (others < own).float().mean(-1) + (others == own).float().mean(-1) / 2
+def reciprocal_rank(scores: Tensor, right: int) -> Tensor:
+    """1 / the place of the right span, float32 `[...]` of `[..., S]`.
+
+    And not the area under the curve, which among seventy spans is above 0.95 for nearly every head: those
+    chosen by it did no better on other texts than all of the middle layers did.
+    """
+    return 1 / (1 + (scores > scores[..., right, None]).float().sum(-1))
 
 
 def first(scores: Tensor, right: int) -> Tensor:
@@ -70,22 +72,27 @@ def first(scores: Tensor, right: int) -> Tensor:
 
 
 def alone(asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
-    """Of each head, mean over the questions: AUC, and how often the right span is first; `[layers, Hq]`."""
+    """Of each head, mean over the questions: reciprocal rank of the right span, and how often the right span is first; `[layers, Hq]`."""
     scores = [worth(one.mass.float(), one.spans) for one in asked]
     both = zip(asked, scores, strict=True)
-    pairs = [(auc(score, one.right), first(score, one.right)) for one, score in both]
+    pairs = [(reciprocal_rank(score, one.right), first(score, one.right)) for one, score in both]
     return torch.stack([a for a, _ in pairs]).mean(0), torch.stack([b for _, b in pairs]).mean(0)
 
 
 def together(asked: Sequence[Asked], heads: Tensor) -> tuple[float, float]:
     """The same two figures for heads by their weights `[layers, Hq]`."""
     found = [worth(torch.tensordot(heads, one.mass.float(), 2), one.spans) for one in asked]
-    pairs = [(auc(s, one.right), first(s, one.right)) for one, s in zip(asked, found, strict=True)]
+    pairs = [
+        (reciprocal_rank(s, one.right), first(s, one.right)) for one, s in zip(asked, found, strict=True)
+    ]
     return float(torch.stack([a for a, _ in pairs]).mean()), float(torch.stack([b for _, b in pairs]).mean())
 
 
 def chosen(one: Sequence[Asked], other: Sequence[Asked]) -> list[tuple[int, int]]:
-    """The heads, in the order in which they were added: best together on `one`, as far as `other` gains."""
+    """The heads, in the order in which they were added: best together on `one`, as far as `other` gains.
+
+    Both by the mean reciprocal rank of the right span.
+    """
     ranked, _ = alone(one)
     width = ranked.shape[1]
     tried = [divmod(int(index), width) for index in ranked.flatten().argsort(descending=True)[:TRIED]]
@@ -98,7 +105,9 @@ def chosen(one: Sequence[Asked], other: Sequence[Asked]) -> list[tuple[int, int]
         for index, asked in enumerate(one):
             mass = torch.stack([asked.mass[head].float() for head in rest])
             before = sums[index]
-            gains += auc(worth(mass if before is None else mass + before, asked.spans), asked.right)
+            gains += reciprocal_rank(
+                worth(mass if before is None else mass + before, asked.spans), asked.right
+            )
         picked.append(rest[int(gains.argmax())])
         for index, asked in enumerate(one):
             own, before = asked.mass[picked[-1]].float(), sums[index]
