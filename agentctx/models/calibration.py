@@ -23,10 +23,10 @@ VERSION = 1  # raise it when what calibrating does changes what it finds
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`heads`: (layer, head) of a model of `layers` layers of `width` query heads each, in the order in which
-    they were chosen. `mrr` and `first`: on the half of the needles on which they were not chosen, mean reciprocal
-    rank of the right sentence and how often it is first; `mrr_middle`, `first_middle`: the same by all
-    heads of the middle layers. `hits` and `shares`, `[layers][width]`: of each head alone, how often the
-    right sentence is first, and the share of its attention that goes there.
+    they were chosen. `mrr` and `first`: on the half of the needles on which they were not chosen, mean
+    reciprocal rank of the right sentence and how often it is first; `mrr_middle`, `first_middle`: the same
+    by all heads of the middle layers. `hits` and `shares`, `[layers][width]`: of each head alone, how often
+    the right sentence is first, and the share of its attention that goes there.
 
     `recall`: tokens of a text, and the share of its facts that the model names when asked; `reliable`: the
     longest text of which it named 0.9, None if there is none.

@@ -150,7 +150,8 @@ def haystack(
     people: int = 4,
     filler: Sequence[str] = (),
 ) -> Haystack:
-    """A text of at most `length` tokens as `count` counts them: every fact of a half about every person.
+    """A text of about `length` tokens as `count` counts them, or as many as its facts take: every fact of a
+    half about every person.
 
     The facts stand in any order, from the beginning to the end. `half` 0 or 1: the kinds of the other are
     different ones. `filler`: sentences to stand between them; without, they are made up.

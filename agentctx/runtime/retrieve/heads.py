@@ -72,7 +72,9 @@ def first(scores: Tensor, right: int) -> Tensor:
 
 
 def alone(asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
-    """Of each head, mean over the questions: reciprocal rank of the right span, and how often the right span is first; `[layers, Hq]`."""
+    """Of each head, `[layers, Hq]`, mean over the questions: reciprocal rank of the right span, and how often
+    it is first.
+    """
     scores = [worth(one.mass.float(), one.spans) for one in asked]
     both = zip(asked, scores, strict=True)
     pairs = [(reciprocal_rank(score, one.right), first(score, one.right)) for one, score in both]
