@@ -26,7 +26,7 @@ class Calibration:
     they were chosen. `mrr` and `first`: on the half of the needles on which they were not chosen, mean
     reciprocal rank of the right sentence and how often it is first; `mrr_middle`, `first_middle`: the same
     by all heads of the middle layers. `hits` and `shares`, `[layers][width]`: of each head alone, how often
-    the right sentence is first, and the share of its attention that goes there.
+    the right sentence is first, and the share of its attention that goes there (empty: not kept).
 
     `recall`: tokens of a text, and the share of its facts that the model names when asked; `reliable`: the
     longest text of which it named 0.9, None if there is none.

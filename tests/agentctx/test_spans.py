@@ -108,8 +108,8 @@ def test_the_rows_of_a_reply(reading: Reading) -> None:
     assert [one.score for one in by_place] == pytest.approx(defined(reading, mass), abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(text=st.text(max_size=80).filter(lambda text: text.isprintable() or True), seed=st.integers(0, 9))
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(text=st.text(max_size=60), seed=st.integers(0, 9))
 def test_every_sentence_of_any_text_once(subject: Engine, text: str, seed: int) -> None:
     try:
         found = subject.read(text, keep=False)
@@ -119,7 +119,6 @@ def test_every_sentence_of_any_text_once(subject: Engine, text: str, seed: int) 
         scored = reading.score_spans(QUESTION, method="attention")
         assert sorted((one.span.start, one.span.end) for one in scored) == sentences(text)
         assert all(math.isfinite(one.score) and 0 <= one.mass <= 1 for one in scored)
-        assert sum(one.mass for one in scored) <= 1.01 or len(scored) > 1  # a token may be in two
         start = random.Random(seed).randint(0, len(text))
         (one,) = reading.score_spans(QUESTION, [(start, len(text))], method="attention")
         assert one.span == Span(Document.of(text).id, start, len(text))
@@ -143,7 +142,9 @@ def test_entropy_is_that_of_the_next_token(subject: Engine) -> None:
     with torch.inference_mode():
         logits = stock()(torch.tensor([ids])).logits[0, -1].double()
     want = float((logits.softmax(-1) * logits.log_softmax(-1)).sum())
-    assert subject.reader.scores(QUESTION, ["A text."], entropy=True).values[0] == pytest.approx(want, abs=1e-4)
+    assert subject.reader.scores(QUESTION, ["A text."], entropy=True).values[0] == pytest.approx(
+        want, abs=1e-4
+    )
 
 
 def test_auto_looks_in_the_chunks_that_predict_the_question(subject: Engine) -> None:
@@ -183,7 +184,8 @@ def test_a_composed_reading(subject: Engine, reading: Reading) -> None:
             assert one.mass == pytest.approx(whole[one.span].mass, abs=1e-6)
     first, second, *_ = sentences(TEXT)
     with subject.compose([(reading, [first]), (reading, [second])]) as parts:
-        pairs = {(one.span.start, one.span.end): one for one in parts.score_spans(QUESTION, method="attention")}
+        scored = parts.score_spans(QUESTION, method="attention")
+        pairs = {(one.span.start, one.span.end): one for one in scored}
         assert set(pairs) >= {first, second} and len(pairs) <= 3  # a token may hold a neighbour's blank
         assert all(pairs[pair].mass > 0 for pair in (first, second))
 
@@ -229,7 +231,9 @@ def test_the_window_that_calibrating_measured(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_haystack(half: int) -> None:
-    count = lambda text: len(text.split())  # noqa: E731
+    def count(text: str) -> int:
+        return len(text.split())
+
     found = haystack(random.Random(3), 600, count, half=half)
     assert found == haystack(random.Random(3), 600, count, half=half)
     assert len(found.needles) == 24 and 550 <= count(found.text) <= 620
@@ -237,9 +241,8 @@ def test_a_haystack(half: int) -> None:
     for needle in found.needles:
         fact = found.text[needle.start : needle.end]
         assert (needle.start, needle.end) in cut and needle.value in fact
-        assert sum(needle.value in found.text[a:b] and needle.question[-8:-1] in found.text[a:b] for a, b in cut)
         shared = set(fact.lower().strip(".").split()) & set(needle.question.lower().strip("?").split())
-        assert len(shared) <= 4  # the name, and words like "of"
+        assert len(shared - {"is", "of", "the", "a", "by", "in", "to", "can"}) <= 2  # the name
     depths = sorted(needle.start / len(found.text) for needle in found.needles)
     assert depths[0] < 0.2 and depths[-1] > 0.8
 
@@ -264,8 +267,8 @@ def test_the_embedded_model_looks_through_the_heads_that_ship(embedded_model: Mo
     known = shipped("smollm2")
     assert known is not None and weights.calibration == known and known.first > known.first_middle
     text = (
-        "The mill was closed in spring. Ada Novak earns a living as a dentist. The bridge leads to the market. "
-        "Hugo Weiss must never eat peanuts. Rain fell on the harbour. Thea Quint sits in room 4711."
+        "The mill was closed in spring. Ada Novak earns a living as a dentist. The bridge leads to the "
+        "market. Hugo Weiss must never eat peanuts. Rain fell on the harbour. Thea Quint sits in room 4711."
     )
     with Engine(weights).read(text) as reading:
         found = reading.score_spans("Where is the office of Thea Quint?", method="attention")
