@@ -247,10 +247,9 @@ def test_a_haystack(half: int) -> None:
     assert depths[0] < 0.2 and depths[-1] > 0.8
 
 
-def test_calibrating_gives_the_same_again(tiny_model: Path) -> None:
+def test_what_calibrating_finds_is_used(tiny_model: Path) -> None:
     subject = engine(tiny_model)
-    found = calibrate(subject, texts=1, questions=2)
-    assert found == calibrate(engine(tiny_model), texts=1, questions=2)
+    found = calibrate(subject, texts=1, questions=1)
     assert found.heads and found.reliable is None and list(found.recall) == [256]
     assert (found.layers, found.width) == (3, 6) == (len(found.hits), len(found.shares[0]))
     with warnings.catch_warnings():

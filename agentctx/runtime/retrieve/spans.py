@@ -18,6 +18,8 @@ def smoothed(mass: Tensor, places: Sequence[range]) -> Tensor:
     A box at the edge of a text holds fewer tokens, and is still divided by 8.
     """
     found = torch.zeros_like(mass)
+    if not mass.numel():
+        return found
     flat, out = mass.reshape(-1, mass.shape[-1]), found.view(-1, mass.shape[-1])
     for place in places:
         one = slice(place.start, place.stop)
