@@ -50,6 +50,10 @@ class Paths:
         return self.data / "blobs"
 
     @property
+    def calibration(self) -> Path:
+        return self.data / "calibration"
+
+    @property
     def secret(self) -> Path:
         return self.data / "secret"
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 
 CALL = "agentctx_call"  # in a message's additional_kwargs: the role and the key of the call that sends it
 SOURCES = "agentctx_sources"  # in a message's additional_kwargs: names of the documents whose text it holds
+SpanMethod = Literal["attention", "focal", "likelihood", "entropy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,16 @@ class Scores:
     computed_tokens: int
     reused_tokens: int  # tokens whose KV was already held
     warnings: tuple[str, ...] = ()  # what failed without changing a score
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceScores:
+    """For each text one score per sentence, in the order of `memory.sentences`; higher is more relevant."""
+
+    values: tuple[tuple[float, ...], ...]
+    computed_tokens: int
+    reused_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 class Counter(Protocol):
@@ -85,4 +96,20 @@ class KVIndex(Protocol):
 
     def composed(self, texts: Sequence[str]) -> BaseChatModel:
         """The model, taking these passages from what is kept wherever they stand in a prompt."""
+        ...
+
+
+class SpanReader(Reader, Protocol):
+    """A Reader that also knows where in a text to look."""
+
+    async def score_spans(
+        self, question: str, texts: Sequence[str], *, method: SpanMethod = "attention"
+    ) -> SentenceScores:
+        """How relevant each sentence of each text is.
+
+        "attention": what the question's rows attend to in the text, "focal": what the row after the beginning
+        of an answer does; both are comparable within a text only. "likelihood" and "entropy" read each
+        sentence by itself: how well it predicts the question, how sure the model is of the answer's beginning
+        (nats below 0).
+        """
         ...

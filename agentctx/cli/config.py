@@ -47,7 +47,8 @@ def show_paths(json: Json = False) -> None:
 
     paths = Paths.default()
     folders = asdict(paths) | {
-        name: getattr(paths, name) for name in ("models", "kv", "index", "calls", "blobs", "runs", "logs")
+        name: getattr(paths, name)
+        for name in ("models", "kv", "index", "calls", "blobs", "calibration", "runs", "logs")
     }
     named = {name: str(path) for name, path in folders.items()}
     size = Shelf(paths.kv, budget=0).used_bytes

@@ -19,6 +19,7 @@ from agentctx import __version__
 from agentctx.cli import (
     ask,
     bench,
+    calibrate,
     config,
     doctor,
     each,
@@ -44,6 +45,7 @@ app.command("map")(each.map_sources)
 app.add_typer(ask.plan, name="plan")
 app.add_typer(workflow.app, name="workflow")
 app.add_typer(models.app, name="models")
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(kv.app, name="kv")
 app.add_typer(index.app, name="index")
 app.add_typer(bench.app, name="bench")

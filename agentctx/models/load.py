@@ -137,6 +137,7 @@ def _open_folder(
     gguf: Path | None = None,
 ) -> Model:
     with _collector_resting():
+        from agentctx.models.calibration import calibration_of
         from agentctx.models.weights import Weights
 
         said: list[str] = []
@@ -154,13 +155,17 @@ def _open_folder(
             memory_bytes=how.memory_bytes,
             warn=said.append,
         )
+        weights.calibration = calibration_of(paths.calibration, weights.content, name)
         context = how.window or weights.context
         if context > weights.engine.window:
             raise ConfigError(
                 f"a window of {context} tokens is more than the {weights.engine.window} that {name} takes"
             )
         fingerprint = weights.fingerprint + " exact" * how.exact
-        profile = ModelProfile(name=name, kind="local", fingerprint=fingerprint, context=context)
+        reliable = weights.calibration.reliable if weights.calibration else None
+        profile = ModelProfile(
+            name=name, kind="local", fingerprint=fingerprint, context=context, reliable=reliable
+        )
         model = _assemble(weights, profile if entry is None else _measured(profile, entry), exact=how.exact)
         return replace(model, warnings=tuple(Notice("model", line, name) for line in said))
 
@@ -187,7 +192,7 @@ def _assemble(weights: Weights, profile: ModelProfile, *, exact: bool) -> Model:
     from agentctx.models.reader import LikelihoodReader
 
     chat = LocalChat(weights=weights, model_name=profile.name, context=profile.context, exact=exact)
-    reader = LikelihoodReader(weights.engine, weights.tokenizer)
+    reader = LikelihoodReader(weights.engine, weights.tokenizer, weights.calibration)
     return Model(chat, profile, TemplateCounter(chat.template), reader)
 
 

@@ -29,6 +29,7 @@ from agentctx.runtime.methods.table import method
 if TYPE_CHECKING:
     import torch
 
+    from agentctx.models.calibration import Calibration
     from agentctx.runtime.body import Body
     from agentctx.runtime.engine import Engine
     from agentctx.runtime.llama import LlamaDecoder
@@ -38,13 +39,20 @@ _BLOCK = 1 << 20
 
 
 class Weights:
-    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer."""
+    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer; `calibration`: what
+    `agentctx calibrate` found out about the model.
+    """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, ends: frozenset[int]) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, name: str, ends: frozenset[int], *, content: str = ""
+    ) -> None:
+        """`content`: changes with the files alone; without it, with all that `fingerprint` changes with."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.name = name
         self.ends = ends
+        self.content = content or engine.identity
+        self.calibration: Calibration | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +122,7 @@ class Weights:
             store=store,
             kv_dtype=kv_dtype,
         )
-        return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer))
+        return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer), content=content)
 
 
 def go_offline() -> None:

@@ -24,14 +24,15 @@ from langchain_core.messages import BaseMessage
 from agentctx.memory.blobs import Blobs
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.pool import PAGE_TOKENS
+from agentctx.memory.offsets import Offsets
 from agentctx.memory.types import Document
 from agentctx.models.failures import memory_errors
 from agentctx.models.load import ENDPOINT, open_model
+from agentctx.models.reader import LikelihoodReader
 from agentctx.models.template import ChatTemplate
 from agentctx.models.weights import Weights
 from agentctx.paths import KV_BYTES, Paths
 from agentctx.reading.frame import Frame, chat_frame, own_frame
-from agentctx.reading.offsets import Offsets
 from agentctx.reading.reading import Reading
 from agentctx.reading.records import Window
 from agentctx.reading.request import Place, question_hash
@@ -126,9 +127,16 @@ class Engine:
         """How much the model takes, and how much of that it reads well. Plan with `reliable`."""
         context = self.weights.context
         memory = self.runtime.pool.capacity * PAGE_TOKENS
-        if self._reliable is None:
+        known = self.weights.calibration
+        reliable = self._reliable or (known.reliable if known else None)
+        if reliable is None:
             return Window(context, context, min(context, ASSUMED), memory, "assumed")
-        return Window(context, context, min(context, self._reliable), memory, "measured")
+        return Window(context, context, min(context, reliable), memory, "measured")
+
+    @property
+    def reader(self) -> LikelihoodReader:
+        """What scores texts without generating."""
+        return LikelihoodReader(self.runtime, self.weights.tokenizer, self.weights.calibration)
 
     def count(self, text: str | Sequence[BaseMessage]) -> int:
         """Tokens of a text, or of a finished prompt of messages with the chat template around them."""

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 import torch
+from torch import Tensor
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.kv.past import Past
@@ -19,12 +20,14 @@ from agentctx.reading.frame import Frame
 from agentctx.reading.many import spoken_together
 from agentctx.reading.records import Coverage, Delta, Reply, Usage
 from agentctx.reading.request import Asking, Focus, Place, Request, question_hash, split
-from agentctx.reading.sources import Source, gathered
+from agentctx.reading.scoring import HINT, Look, Method, SpanScore, score_spans
+from agentctx.reading.sources import Source, gathered, places
 from agentctx.reading.speech import Speech, spoken
 from agentctx.reading.texts import Text, document_of
 from agentctx.runtime.context import Context
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.dense import Dense
+from agentctx.runtime.retrieve.mass import attended
 
 if TYPE_CHECKING:
     from agentctx.reading.engine import Engine
@@ -117,6 +120,53 @@ class Reading:
         finally:
             for context in contexts:
                 context.close()
+
+    def score_spans(
+        self,
+        question: str,
+        spans: Sequence[Place] | None = None,
+        *,
+        method: Method = "auto",
+        rows: Literal["question"] | Reply = "question",
+        calibrate: bool = True,
+        hint: str = HINT,
+    ) -> list[SpanScore]:
+        """How much each span has to do with a question, best first; by default the sentences.
+
+        "attention": what the question's `rows` attend to, or those of a reply; "focal": what the row after
+        `hint` does; with `calibrate` less what an empty question attends to. "likelihood": how well the span,
+        read by itself, predicts the question; "entropy": how sure the model is, after it, of how an answer
+        begins. "auto": by attention, but only in the four chunks of 256 tokens that predict the question
+        best; what is elsewhere gets minus infinity.
+
+        Attention says where to look; it proves nothing. A model that was not calibrated looks through all
+        heads of its middle layers, and a warning says so. Raises ConfigError for an empty question and for
+        what was read as token ids, ModelError: overflow, out_of_memory, unsupported where heads hold
+        different tokens (an evicted reading) or every layer has a window.
+        """
+        return score_spans(self, question, spans, method, Look(rows, calibrate, hint))
+
+    def look(self, ids: Sequence[int], *, rows: int, heads: Tensor | None = None) -> Tensor:
+        """`runtime.retrieve.mass.attended` of all tokens of the reading in order, 0 for those not held:
+        float32 `[tokens]`, without `heads` `[layers, Hq, tokens]`.
+        """
+        with self._lock:
+            order = places(self._sources) if self._sources else None
+            context = self._held().fork()
+        try:
+            with memory_errors(self.engine.weights.name):
+                mass = attended([context], ids, rows=rows, heads=heads)[0]
+        finally:
+            context.close()
+        if order is None:
+            return mass
+        whole = mass.new_zeros(*mass.shape[:-1], len(self._contents.ids))
+        return whole.index_copy(-1, order.to(mass.device), mass)
+
+    @property
+    def held(self) -> Tensor:
+        """Which tokens are held and used, bool `[tokens]`."""
+        return self._contents.kept
 
     def fork(self, *, force: bool = False) -> Branch:
         """A conversation of its own over the same text; nothing is copied until it goes on. `force` as in

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agentctx.memory.errors import ModelError
-from agentctx.memory.kv.gather import Part, Turn, gather
+from agentctx.memory.kv.gather import Part, Turn, gather, slots
 from agentctx.memory.kv.past import Past
 from agentctx.memory.kv.table import BlockTable
 from agentctx.runtime.context import Context
@@ -51,6 +51,18 @@ def gathered(
     The next token stands at position `end`; `ids` are the tokens that count for the window. Raises
     ModelError: out_of_memory, unsupported where keys must move and the model's rotations are not known.
     """
+    parts = _parts(sources, seen)
+    turns = _turns(runtime) if any(source.new is not None for source in sources) else ()
+    with runtime.lock:
+        return Context.over(runtime, gather(parts, end=end, turns=turns), ids)
+
+
+def places(sources: Sequence[Source]) -> Tensor:
+    """Which of all the tokens of `sources` in turn stands at each place of what was `gathered`, int64."""
+    return slots(_parts(sources))
+
+
+def _parts(sources: Sequence[Source], seen: Tensor | None = None) -> list[Part]:
     parts, at = [], 0
     for source in sources:
         size = len(source.kept)
@@ -58,9 +70,7 @@ def gathered(
         old = None if source.new is None else torch.arange(size)
         parts.append(Part(source.past, kept, old, source.new))
         at += size
-    turns = _turns(runtime) if any(source.new is not None for source in sources) else ()
-    with runtime.lock:
-        return Context.over(runtime, gather(parts, end=end, turns=turns), ids)
+    return parts
 
 
 def moved(context: Context, start: int, stay: Sequence[int]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentctx.memory.errors import ConfigError, InputError
+from agentctx.memory.offsets import Offsets
 from agentctx.memory.types import Document, Span
-from agentctx.reading.offsets import Offsets
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from agentctx.memory.errors import ConfigError
-from agentctx.reading.offsets import Offsets
+from agentctx.memory.offsets import Offsets
 from agentctx.reading.texts import check_unicode
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ class Engine:
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
             first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
             pasts = [context.state.pasts[0] for context in contexts]
-            state = KVState(self.pool, tables, self.method, shifts, 0, first.reading, notes, pasts)
+            state = KVState(self.pool, tables, first.method, shifts, 0, first.reading, notes, pasts)
             hidden = self.body.forward(ids, state)
             for context in contexts:
                 context.state.settle()

@@ -106,6 +106,21 @@ def gather(parts: Sequence[Part], *, end: int, turns: Sequence[Turn] = ()) -> Pa
     return Past(pool, tiles.to(place), lens.to(place), end, (*pages, *others), longest)
 
 
+def slots(parts: Sequence[Part]) -> Tensor:
+    """Which token each place of `gather(parts)` holds, int64, counted over the tokens of all parts in turn.
+
+    For parts whose heads keep the same tokens.
+    """
+    whole, rest, at = [], [], 0
+    for part in parts:
+        shared = part.whole().repeat_interleave(PAGE_TOKENS)[: part.past.longest]
+        index = torch.arange(at, at + part.past.longest)
+        whole.append(index[shared])
+        rest.append(index[part.kept.cpu() & ~shared])
+        at += part.past.longest
+    return torch.cat([*whole, *rest])
+
+
 def _dealt(pages: Sequence[int], counts: Tensor, heads: int) -> Tensor:
     """The tiles of `pages`, `counts [layers, Hkv]` to each head: int32 `[layers, Hkv, NT]`."""
     tiles = torch.tensor([*pages, 0], dtype=torch.int32)[:, None] * heads + torch.arange(

@@ -13,9 +13,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from agentctx.memory.errors import InputError
+from agentctx.memory.offsets import Offsets
 from agentctx.models.tokenizer import Tokenizer as OurTokenizer
 from agentctx.paths import Paths
-from agentctx.reading.offsets import Offsets
 from agentctx.reading.tokens import Tokens
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>"]

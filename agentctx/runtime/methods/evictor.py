@@ -126,7 +126,7 @@ def observe(context: Context, start: int, end: int, see: See, *, moves: bool = F
 def show(context: Context, ids: list[int], see: See, *, moves: bool = False) -> None:
     """Append tokens, and show their queries in every layer, piece by piece."""
     before = context.state.method
-    context.state.method = (_Turning if moves else _Watching)(see)
+    context.state.method = (_Turning if moves else Watching)(see)
     try:
         context.feed(ids)
     finally:
@@ -134,7 +134,9 @@ def show(context: Context, ids: list[int], see: See, *, moves: bool = False) -> 
 
 
 @dataclass(frozen=True)
-class _Watching(Dense):
+class Watching(Dense):
+    """Dense attention that shows the queries of every layer without a window to `see`."""
+
     see: See
 
     def attend(self, q: Tensor, kv: LayerKV) -> Attention:
@@ -143,7 +145,7 @@ class _Watching(Dense):
 
 
 @dataclass(frozen=True)
-class _Turning(_Watching):
+class _Turning(Watching):
     moves: ClassVar[bool] = True
 
 
