@@ -83,7 +83,11 @@ def _opened(chosen: Strategy, question: str, sources: list[str]) -> tuple[Model,
         base_url=settings.base_url,
         window=settings.window,
         attention=settings.attention,
+        exact=settings.exact,
         linears=settings.linears,
+        kv_dtype=settings.kv_dtype,
+        memory_bytes=settings.memory_bytes,
+        concurrency=settings.concurrency,
         offline=settings.offline,
         ephemeral=True,
     )
@@ -97,6 +101,7 @@ def _opened(chosen: Strategy, question: str, sources: list[str]) -> tuple[Model,
         draw_tag(documents.values(), secrets.token_bytes(16)),
         model.reader,
         chosen.allowed(settings.budget()),
+        model.index,
     )
     return model, scope, chosen.plan(scope)
 
@@ -113,3 +118,6 @@ continue_ = _factory("continue")
 experience = _factory("experience")
 gist = _factory("gist")
 recursive = _factory("recursive")
+kv_retrieval = _factory("kv_retrieval")
+rank = _factory("rank")
+reread = _factory("reread")

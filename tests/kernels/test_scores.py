@@ -137,7 +137,7 @@ def test_minmax_bounds_every_score_of_its_block(size: int, group: int, tokens: i
         data[..., block] = torch.cat([run.amax(2), run.amin(2)], -1)
     lens = torch.tensor([tokens], dtype=torch.int32)
     true = (q @ k.repeat_interleave(group, 1).transpose(2, 3)) * size**-0.5
-    for impl in IMPLS:
+    for impl in (name for name in IMPLS if name != "triton"):  # which has another layout, and a GPU
         bound = block_scores(q, BlockSummary("minmax", data, page), lens, per_head=True, impl=impl)
         over = bound.repeat_interleave(page, -1)[..., :tokens]
         assert bool((over >= true - 1e-5 * true.abs().clamp_min(1)).all())
