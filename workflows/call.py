@@ -74,7 +74,7 @@ async def ask(
     own: dict[str, str] = {} if _terms.get().shared else {"run": run.run_id}
     key = call_key(
         model=run.scope.profile.fingerprint,
-        role=[role.name, role.version, role.max_output],
+        role=[role.name, role.version, role.max_output, _digest(role.instruction)],
         question=question,
         pieces=[[label, _digest(text)] for label, text in pieces],
         **own,

@@ -15,7 +15,7 @@ from agentctx.memory.citations import Verifier
 from agentctx.memory.lexical import Lexical
 from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Span
-from agentctx.workflows.answering import Piece
+from agentctx.workflows.answering import Piece, answer_input
 from agentctx.workflows.cache import call_key
 from agentctx.workflows.call import ask
 from agentctx.workflows.cut import Cut
@@ -77,15 +77,23 @@ def best_first(notes: Sequence[Note]) -> list[Note]:
 
 
 def pieces_of(scope: Scope, notes: Sequence[Note]) -> list[Piece]:
-    """The notes' quotes as pieces to answer from, one a note, as many as the window surely takes."""
+    """The notes' quotes as pieces to answer from, one a note, as many as the window surely takes.
+
+    Each is counted with its delimiters, and raised, as tokens of joined texts may exceed the sum of theirs.
+    """
     pieces: list[Piece] = []
-    room = scope.profile.window // 2
+    bare, output = answer_input(scope, [])
+    frames: dict[str, int] = {}
+    room = scope.profile.window - output - bare
     for note in notes:
+        label = scope.label(note.spans[0])
         text = "\n".join(scope.text(span) for span in note.spans)
-        room -= scope.text_tokens(text)
+        if label not in frames:
+            frames[label] = answer_input(scope, [Piece(label, "")])[0] - bare
+        room -= (scope.text_tokens(text) + frames[label]) * 5 // 4
         if room < 0 and pieces:
             break
-        pieces.append(Piece(scope.label(note.spans[0]), text))
+        pieces.append(Piece(label, text))
     return pieces
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -70,9 +69,7 @@ def _asks(site: Site, scope: Scope) -> Asked:
     if not scope.profile.writes:
         role = PLAIN.get(params.schema_, role)
     if text := site.text("prompt"):
-        # The name is part of the key of the leaf cache, so another wording is another call.
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        role = replace(role, name=f"{role.name}-{digest}", instruction=text.strip())
+        role = replace(role, instruction=text.strip())
     question = params.question or scope.task.question
     return scope.role(role), labelled(question, params.labels) if params.labels else question
 

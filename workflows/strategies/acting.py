@@ -215,11 +215,11 @@ class Acting(Strategy):
 
     def _fitted(self, scope: Scope, text: str) -> str:
         """A result cut to its limit; head and tail stay."""
-        most = self.most_result(scope)
-        while scope.text_tokens(text) > most:
-            keep = int(len(text) * 0.8) // 2
-            text = f"{text[:keep]}\n[...]\n{text[-keep:]}"
-        return text
+        shown, keep = text, len(text) // 2
+        while keep and scope.text_tokens(shown) > self.most_result(scope):
+            keep = keep * 4 // 5
+            shown = f"{text[:keep]}\n[...]\n{text[len(text) - keep :]}"
+        return shown
 
     def _passages(self, scope: Scope) -> Sequence[Chunk]:
         return scope.chunks(min(PASSAGE_TOKENS, scope.profile.window // 8))

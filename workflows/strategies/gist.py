@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -176,10 +177,9 @@ class Gist(Strategy):
         opened, lines = state.get("opened", []), self._lines(run, state)
         tables = ["\n".join(lines[page] for page in table) for table in self.tables(run.scope)]
         results = await asyncio.gather(*(self._chosen(run, table, opened) for table in tables))
-        named: list[int] = []
-        for result in results:
-            if isinstance(result, Record):
-                named += [page - 1 for page in result.data["pages"]]
+        chosen = [result.data["pages"] for result in results if isinstance(result, Record)]
+        in_turn = chain.from_iterable(zip_longest(*chosen))  # the best of each table before the second best
+        named = [page - 1 for page in in_turn if page is not None]
         if unknown := [page + 1 for page in named if not 0 <= page < len(lines)]:
             run.warn("unknown_page", f"pages were named that do not exist: {unknown}")
         fresh = [page for page in dict.fromkeys(named) if 0 <= page < len(lines) and page not in opened]
@@ -189,7 +189,13 @@ class Gist(Strategy):
         again = self.mode == "sequential" and fresh and not enough and len(opened) < self.lookups
         failed = [result for result in results if isinstance(result, Failure)]
         failures = {"choose": asdict(failed[0])} if failed else {}
-        return {"opened": opened, "failures": failures, "route": "choose" if again else "answer"}
+        left_out = len(fresh) - len(fresh[:most]) if self.mode == "parallel" else 0
+        return {
+            "opened": opened,
+            "failures": failures,
+            "not_forwarded": left_out,
+            "route": "choose" if again else "answer",
+        }
 
     async def _chosen(self, run: RunContext, table: str, opened: Sequence[int]) -> Record | Failure:
         """One choice; in turn it sees the pages that were opened, the latest first if not all fit."""
@@ -215,7 +221,7 @@ class Gist(Strategy):
         ):
             kept.pop()
         update = await answer_pieces(run, self._opened(run.scope, kept))
-        return {**update, "not_forwarded": len(opened) - len(kept)}
+        return {**update, "not_forwarded": state.get("not_forwarded", 0) + len(opened) - len(kept)}
 
     def _opened(self, scope: Scope, pages: Sequence[int]) -> list[Piece]:
         """The text of pages, in the order of the source."""

@@ -111,7 +111,7 @@ class KVRetrieval(Spans):
         texts = [scope.text(passage.span) for passage in self.passages(scope)]
         lexical = self._first_stage(scope).scores(scope.task.question)
         try:
-            near = await _nearest(run, scope.index, texts, self.candidates)
+            near = await _nearest(run, scope.index, texts, self.indexed(scope), self.candidates)
             chosen = _fused([lexical, near], self.candidates)
             reader = MeteredReader(run, reader=scope.index.reader)
             found = await reader.likelihood(scope.task.question, [texts[i] for i in chosen])
@@ -142,12 +142,15 @@ def warn_stale(run: RunContext, indexed: Sequence[bool]) -> None:
         )
 
 
-async def _nearest(run: RunContext, index: KVIndex, texts: Sequence[str], k: int) -> list[float]:
+async def _nearest(
+    run: RunContext, index: KVIndex, texts: Sequence[str], indexed: Sequence[bool], k: int
+) -> list[float]:
     """How near each passage is by its keys; kept, so that a resumed run asks no second time."""
     question = run.scope.task.question
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
     fingerprint = run.scope.profile.fingerprint
-    key = call_key(model=fingerprint, role="nearest", question=question, texts=digest, k=k)
+    held = "".join("01"[held] for held in indexed)  # what is indexed later is ranked anew
+    key = call_key(model=fingerprint, role="nearest", question=question, texts=digest, held=held, k=k)
     known = run.cache.get(key)
     if known is None:
         found = await metered(run, index.nearest_cost(question), lambda: index.nearest(question, texts, k))

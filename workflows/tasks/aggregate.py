@@ -22,12 +22,12 @@ from agentctx.workflows.state import Operation, State
 from agentctx.workflows.tasks.items import ITEMS, claim_of, items_of
 from agentctx.workflows.tasks.pipeline import Pipeline
 
-NUMBER = re.compile(r"[-−+]?\d{1,3}(?:[,'\u202f]\d{3})+(?:\.\d+)?|[-−+]?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)])[-−+])?(?:\d{1,3}(?:[,'\u202f]\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)")
 ASKED: tuple[tuple[str, Operation], ...] = (  # the first that the question matches
-    (r"\bhow many\b|\bnumber of\b|\bcount\b", "count"),
-    (r"\btotal\b|\bsum\b|\baltogether\b|\bin all\b", "sum"),
+    (r"\bhow many\b|^\W*(?:what(?: is|'s) )?the (?:total )?number of\b|^\W*count\b", "count"),
     (r"\b(?:largest|highest|greatest|maximum|longest)\b", "max"),
     (r"\b(?:smallest|lowest|minimum|shortest)\b", "min"),
+    (r"\bsum of\b|\btotal\b|\baltogether\b|\bin all\W*$", "sum"),
 )
 
 
