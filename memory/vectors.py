@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,7 @@ class Vectors:
         self.database = database
         self.size = size
         self.warnings: list[str] = []
+        self._lock = threading.RLock()  # files are opened and swept away together
         self._opened: dict[_File, faiss.Index] = {}
         self._seen: tuple[tuple[int, int], _Listed] | None = None
 
@@ -87,6 +89,10 @@ class Vectors:
 
     def search(self, query: Floats, k: int, among: Sequence[str] | None = None) -> list[Hit]:
         """The `k` best owners for `query [size]`, of those in `among` if it is given, the best first."""
+        with self._lock:
+            return self._search(query, k, among)
+
+    def _search(self, query: Floats, k: int, among: Sequence[str] | None) -> list[Hit]:
         files = self.settle()
         owners, places, ids = self._listed()
         if among is not None:
@@ -107,6 +113,10 @@ class Vectors:
 
     def settle(self) -> list[_File]:
         """Bring all vectors into files, making again what is damaged. Returns the files."""
+        with self._lock:
+            return self._settle()
+
+    def _settle(self) -> list[_File]:
         while not self._whole(files := self._files()):
             with self.database.write() as db:  # nobody else makes files meanwhile
                 old = {one.first: one for one in self._files()}
@@ -123,8 +133,9 @@ class Vectors:
 
     def verify(self) -> list[str]:
         """What is wrong with the files, one line each; nothing is changed."""
-        self._opened.clear()
-        damaged = [one.name for one in self._files() if self._open(one) is None]
+        with self._lock:
+            self._opened.clear()
+            damaged = [one.name for one in self._files() if self._open(one) is None]
         return [f"{name} is damaged: it is made again when it is needed" for name in damaged]
 
     def _nearest(

@@ -149,6 +149,9 @@ class Index:
 
     def composed(self, texts: Sequence[str]) -> BaseChatModel:
         fields = {name: getattr(self.chat, name) for name in type(self.chat).model_fields}
+        # Alone, a control token in a text was read as one, and what follows it as another's turn: such a
+        # passage is read in the prompt, which breaks them.
+        texts = [text for text in texts if self.chat.template.plain(text)]
         first = len(self.before)
         kept = tuple(
             Kept(tuple(ids), first, first + self.counter.count_text(text))

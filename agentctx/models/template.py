@@ -42,6 +42,10 @@ class ChatTemplate:
         """The ids of the prompt up to where the model speaks, `prefill` being what it has already said."""
         return self.tokenizer.encode(self.render(messages) + prefill)
 
+    def plain(self, text: str) -> bool:
+        """Whether a text holds no control token, so that its tokens are the same in a prompt and alone."""
+        return self._control.search(text) is None
+
     def encode_text(self, text: str) -> list[int]:
         """The ids of a bare text."""
         return self.tokenizer.encode(text)

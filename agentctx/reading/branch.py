@@ -14,7 +14,7 @@ from agentctx.reading.contents import Contents
 from agentctx.reading.records import Reply
 from agentctx.reading.request import Focus, Options, Place, Request
 from agentctx.reading.scope import Scope
-from agentctx.reading.sources import Source, gathered, moved
+from agentctx.reading.sources import Source, gathered, moved, refuse_chosen
 from agentctx.reading.speech import Speech, spoken
 from agentctx.runtime.context import Context
 
@@ -55,6 +55,9 @@ class Branch:
         """Go on from what stands here and `prompt`, both as they are; prompt and answer stay."""
         context = self._held()
         ids = [*self._pending, *self.engine.tokens.data(prompt).ids]
+        if not ids and context.table.tokens:  # the last token is fed once more, to go on from it
+            ids = [context.ids[-1]]
+            context.crop(len(context.ids) - 1)
         start = len(context.ids)
         method = context.state.method
         speech = Speech(self.engine.weights, context, Request(**options), since=context.computed)
@@ -65,7 +68,7 @@ class Branch:
             due = [*ids, *speech.token_ids]
             if len(context.ids) > start + len(due):  # drafts that nobody heard
                 context.crop(start + len(due))
-            if len(context.ids) > start:
+            if len(context.ids) >= start:
                 self._pending = due[len(context.ids) - start :]
         assert last.reply is not None
         return last.reply
@@ -107,8 +110,9 @@ class Branch:
 
     def fork(self) -> Branch:
         """Another one from here. Scopes stay with this one."""
+        context = self._held().fork()
         shared = [source.share(self.engine.runtime) for source in self._sources]
-        twin = Branch(self.engine, self._held().fork(), self._contents, shared)
+        twin = Branch(self.engine, context, self._contents, shared)
         twin._seen, twin._pending = self._seen, list(self._pending)
         return twin
 
@@ -154,6 +158,7 @@ class Branch:
 
     def _narrow(self, focus: Focus) -> None:
         context, runtime = self._held(), self.engine.runtime
+        refuse_chosen(context, self._sources)
         seen = self._seen & self._contents.seen(focus)
         past, table = context.state.pasts[0], context.table
         end = table.tokens + (past.end if past else 0)

@@ -187,6 +187,8 @@ class Engine:
                 progress=progress,
                 asked=frame.question(self.tokens, question) if question else (),
             )
+        if keep and isinstance(source, Document):
+            self.runtime.name(wanted, (source.source,))
         chosen = self.runtime.method.query_aware and context.state.pasts[0] is not None
         served = question_hash(question) if question and chosen else None
         return Reading(self, context, wanted, (text,), frame, keep=keep, question=served)

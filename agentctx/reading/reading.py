@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.kv.past import Past
+from agentctx.memory.kv.quantised import QuantisedPool
 from agentctx.models.failures import memory_errors
 from agentctx.reading.branch import Branch
 from agentctx.reading.contents import Contents
@@ -21,7 +22,7 @@ from agentctx.reading.many import spoken_together
 from agentctx.reading.records import Coverage, Delta, Reply, Usage
 from agentctx.reading.request import Asking, Focus, Place, Request, question_hash, split
 from agentctx.reading.scoring import HINT, Look, Method, SpanScore, score_spans
-from agentctx.reading.sources import Source, gathered, places
+from agentctx.reading.sources import Source, gathered, places, refuse_chosen
 from agentctx.reading.speech import Speech, spoken
 from agentctx.reading.texts import Text, document_of
 from agentctx.runtime.context import Context
@@ -214,6 +215,7 @@ class Reading:
         still = torch.arange(len(kept))
         new = torch.where(before, still, at - 1 + (kept & ~before).cumsum(0))
         with self._lock:
+            refuse_chosen(self._held(), self._sources)
             past = Source.of(self.engine.runtime, self._held().table).past
         return Source(past, kept, None if torch.equal(new[kept], still[kept]) else new)
 
@@ -278,6 +280,7 @@ class Reading:
             if not hidden and not focus.reread:
                 context = held.fork()
             elif not focus.reread:
+                refuse_chosen(held, self._sources)
                 sources = self._sources or (Source.of(runtime, held.table),)
                 try:
                     context = gathered(runtime, sources, held.ids, self._end(held), seen)
@@ -304,7 +307,8 @@ class Reading:
         runtime = self.engine.runtime
         with self._lock:
             held = self._held()
-            if self._sources or runtime.method != Dense() or not isinstance(runtime.body, LlamaDecoder):
+            plain = runtime.method == Dense() and isinstance(runtime.body, LlamaDecoder)
+            if self._sources or not plain or isinstance(runtime.pool, QuantisedPool):
                 return held.fork()
             with runtime.lock:
                 return Context.over(runtime, Past.over(held.table), held.ids)

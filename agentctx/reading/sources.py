@@ -43,6 +43,16 @@ class Source:
             self.past.close()
 
 
+def refuse_chosen(context: Context, sources: Sequence[Source]) -> None:
+    """Raise ModelError (unsupported) for a reading whose tokens an evictor chose: they are not its text's."""
+    if context.state.pasts[0] and not sources:
+        raise ModelError(
+            "an evicted reading cannot be narrowed or composed",
+            code="unsupported",
+            hint="ask with reread=True, or read under a method that keeps every token",
+        )
+
+
 def gathered(
     runtime: Runtime, sources: Sequence[Source], ids: Sequence[int], end: int, seen: Tensor | None = None
 ) -> Context:

@@ -103,7 +103,8 @@ def gather(parts: Sequence[Part], *, end: int, turns: Sequence[Turn] = ()) -> Pa
     lens = (lens + shared.shape[2] * PAGE_TOKENS).to(torch.int32)
     tiles = torch.cat([shared, own], -1)[..., : max(1, shared.shape[2] + int(counts.max()))].contiguous()
     place, longest = shape.device, int(lens.max())
-    return Past(pool, tiles.to(place), lens.to(place), end, (*pages, *others), longest)
+    same = all(part.kept.dim() == 1 and part.past.same for part in parts)
+    return Past(pool, tiles.to(place), lens.to(place), end, (*pages, *others), longest, same)
 
 
 def slots(parts: Sequence[Part]) -> Tensor:

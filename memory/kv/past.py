@@ -33,6 +33,7 @@ class Past:
     end: int
     pages: tuple[int, ...]
     longest: int  # the largest of `lens`
+    same: bool = True  # every layer and head holds the same tokens
 
     @classmethod
     def over(cls, table: BlockTable) -> Past:

@@ -83,7 +83,7 @@ class BlockStore:
         if path.exists():
             return
         codec = (codec or self.codec) if k.shape[2] == PAGE_TOKENS else "plain"
-        tensors = _encode(k, v, codec)
+        tensors = {key: value.cpu() for key, value in _encode(k, v, codec).items()}
         about = {"version": VERSION, "codec": codec}
         data = save(tensors, about | {"checksum": _checksum(tensors, about)})
         if not self.folder.exists():

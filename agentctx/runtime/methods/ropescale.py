@@ -64,7 +64,7 @@ class RopeScale(Dense):
         return body, replace(self, inner=inner)
 
     def over(self, inner: Dense) -> Dense:
-        return replace(self, inner=inner)
+        return super().over(inner) if inner.evicts else replace(self, inner=inner)
 
     def reach(self, window: int) -> int:
         return self.inner.reach(window)

@@ -78,8 +78,11 @@ def attended(
 def query_heads(engine: Engine) -> int:
     """Hq of the model, which only its queries tell."""
     seen: list[int] = []
-    observe(context := engine.read([0]), 0, 1, lambda q, kv: seen.append(q.shape[1]))
-    context.close()
+    context, _ = engine.begin([0])
+    try:
+        observe(context, 0, 1, lambda q, kv: seen.append(q.shape[1]))
+    finally:
+        context.close()
     if not seen:
         raise _blind()
     return seen[0]
@@ -90,7 +93,7 @@ def _held(context: Context) -> int:
     past, tokens = context.state.pasts[0], context.table.tokens
     if past is None:
         return tokens
-    if tokens or bool((past.lens != past.longest).any()):
+    if tokens or not past.same:
         raise ModelError(
             "the heads of this reading hold different tokens: nothing can be said of a token",
             code="unsupported",
