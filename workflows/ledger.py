@@ -24,6 +24,7 @@ class Reservation:
 
     id: int
     cost: Cost
+    finishing: bool = False
 
 
 def limit_of(budget: Budget, ceiling: Cost) -> Cost:
@@ -61,6 +62,7 @@ class Ledger:
         )
         self.spent = Cost()
         self.reserved = Cost()
+        self.finished = Cost()  # spent or reserved out of the hold
         self._parent = parent
         self._journal = journal
         self._open: dict[int, Reservation] = {}
@@ -76,6 +78,15 @@ class Ledger:
         """What can still be reserved here, the hold included, whatever the ancestors allow."""
         return self.limit - self.spent - self.reserved
 
+    @property
+    def held(self) -> Cost:
+        """What is still held back from exploration: the hold without what finishing has taken of it."""
+        return Cost(
+            max(0, self.hold.calls - self.finished.calls),
+            max(0, self.hold.input_tokens - self.finished.input_tokens),
+            max(0, self.hold.output_tokens - self.finished.output_tokens),
+        )
+
     def reserve(self, cost: Cost, *, finishing: bool = False) -> Reservation | None:
         """Take `cost` here and at every ancestor, or return None and take nothing.
 
@@ -86,7 +97,7 @@ class Ledger:
         # Numbered by the root: all nodes share one journal.
         root = self._root
         root._next += 1
-        reservation = Reservation(root._next, cost)
+        reservation = Reservation(root._next, cost, finishing)
         self._take(reservation)
         return reservation
 
@@ -96,32 +107,40 @@ class Ledger:
         while node is not None:
             node.reserved -= reservation.cost
             node.spent += actual
-            node._write("settle", reservation.id, actual)
+            if reservation.finishing:
+                node.finished += actual - reservation.cost
+            node._write("settle", reservation, actual)
             node = node._parent
         del self._open[reservation.id]
         return actual.within(reservation.cost)
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Charge what an interrupted run spent; a reservation that was never settled counts in full."""
-        opened: dict[int, Cost] = {}
+        opened: dict[int, tuple[Cost, bool]] = {}
         for event in events:
             if event["event"] not in ("reserve", "settle"):
                 continue
             data = event["data"]
             cost = Cost(data["calls"], data["input_tokens"], data["output_tokens"])
+            finishing = data.get("finishing", False)
             if event["event"] == "reserve":
-                opened[data["reservation"]] = cost
+                opened[data["reservation"]] = cost, finishing
             else:
                 opened.pop(data["reservation"], None)
-                self.spent += cost
+                self._charge(cost, finishing)
             self._next = max(self._next, data["reservation"])
-        for cost in opened.values():
-            self.spent += cost
+        for cost, finishing in opened.values():
+            self._charge(cost, finishing)
+
+    def _charge(self, cost: Cost, finishing: bool) -> None:
+        self.spent += cost
+        if finishing:
+            self.finished += cost
 
     def _fits(self, cost: Cost, finishing: bool) -> bool:
         node: Ledger | None = self
         while node is not None:
-            room = node.left if finishing else node.left - node.hold
+            room = node.left if finishing else node.left - node.held
             if not cost.within(room):
                 return False
             node = node._parent
@@ -132,15 +151,18 @@ class Ledger:
         node: Ledger | None = self
         while node is not None:
             node.reserved += reservation.cost
-            node._write("reserve", reservation.id, reservation.cost)
+            if reservation.finishing:
+                node.finished += reservation.cost
+            node._write("reserve", reservation, reservation.cost)
             node = node._parent
 
-    def _write(self, event: str, reservation: int, cost: Cost) -> None:
+    def _write(self, event: str, reservation: Reservation, cost: Cost) -> None:
         if self._journal:
             self._journal(
                 event,
                 {
-                    "reservation": reservation,
+                    "reservation": reservation.id,
+                    "finishing": reservation.finishing,
                     "calls": cost.calls,
                     "input_tokens": cost.input_tokens,
                     "output_tokens": cost.output_tokens,
