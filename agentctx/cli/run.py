@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agentctx.api import Context, Stop
     from agentctx.asked import Kind
     from agentctx.memory.selection import Selection
-    from agentctx.memory.types import Answer
+    from agentctx.memory.types import Answer, Budget
     from agentctx.settings import Settings
     from agentctx.workflows.frame import Strategy
 
@@ -51,7 +51,9 @@ def execute(job: Job, options: Options, body: Body | None = None) -> None:
     settings = Settings.load(options.flags(), options.config)
     settings.export_key()
     if options.resume:
-        resume(options.resume, job.command, options, offline=settings.offline)
+        said = any(value is not None for name, value in options.flags().items() if name.startswith("max_"))
+        budget = settings.budget() if said else None
+        resume(options.resume, job.command, options, offline=settings.offline, budget=budget)
     selection = selection_of(options)
     sources = sources_of(job.paths, options, selection)
     with claim_stdout() as data:
@@ -62,8 +64,12 @@ def execute(job: Job, options: Options, body: Body | None = None) -> None:
     raise typer.Exit(code)
 
 
-def resume(run_id: str, command: str, options: OutputOptions, *, offline: bool) -> NoReturn:
-    """Finish a run that was stopped; ends the command with its exit code."""
+def resume(
+    run_id: str, command: str, options: OutputOptions, *, offline: bool, budget: Budget | None = None
+) -> NoReturn:
+    """Finish a run that was stopped, within `budget` instead of its own if there is one; ends the command
+    with its exit code.
+    """
     _one_form(options)
 
     def body(stop: Stop) -> int:
@@ -71,7 +77,12 @@ def resume(run_id: str, command: str, options: OutputOptions, *, offline: bool) 
 
         with stopping(stop):
             answer = Context.resume(
-                run_id, offline=offline, stop=stop, on_event=output.event, progress=output.progress.stage
+                run_id,
+                budget=budget,
+                offline=offline,
+                stop=stop,
+                on_event=output.event,
+                progress=output.progress.stage,
             )
         return _shown(answer, output)
 

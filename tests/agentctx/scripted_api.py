@@ -79,7 +79,8 @@ class Context:
         return self._run(f"summary per {per} of {focus}", run_id or "01RUN", stop, on_event)
 
     @classmethod
-    def resume(cls, run_id, *, offline, stop, on_event, progress):
+    def resume(cls, run_id, *, budget, offline, stop, on_event, progress):
+        cls.resumed_with = budget
         return cls(SimpleNamespace(documents=(), skipped=(), warnings=()), "smollm2")._run(
             "resumed", run_id, stop, on_event
         )

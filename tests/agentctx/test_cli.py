@@ -54,6 +54,13 @@ def test_the_kind_of_a_question_and_its_labels_reach_the_run(api, capfd):
     assert run(["ask", "heavy?", "a.txt", "--kind", "riddle"]) == 2
 
 
+def test_a_run_is_resumed_within_the_limits_that_are_given(api, capfd):
+    assert run(["ask", "--resume", "01RUN"]) == 0
+    assert api.Context.resumed_with is None
+    assert run(["ask", "--resume", "01RUN", "--max-calls", "7"]) == 0
+    assert api.Context.resumed_with.calls == 7
+
+
 def test_an_answer_is_shown_with_its_citations_and_accounts(api, capfd):
     assert run(["ask", "when?", "a.txt"]) == 0
     out, err = capfd.readouterr()

@@ -99,9 +99,15 @@ class Port:
         return self.writers[0].origin
 
     def most(self, scope: Scope) -> int:
-        """How many items it holds at most in one visit."""
+        """How many items it holds at most: records of several visits stand side by side."""
         origin = self.origin
-        return len(cut_of(origin, scope).reads) if origin and self.limit is None else self.limit or 1
+        if not origin:
+            return self.limit or 1
+        reads = len(cut_of(origin, scope).reads)
+        if self.limit is None:
+            return reads
+        visits = max(writer.visits for writer in self.writers) if self.kind == "records" else 1
+        return min(reads, self.limit * visits)
 
     @property
     def limit(self) -> int | None:
