@@ -168,6 +168,8 @@ def _documents(found: Catalog, root: str) -> Iterator[Problem]:
         if os.path.exists(root):
             yield Problem("unreadable", root, error.message)
     for source, id_ in found.documents(root).items():
+        if now and os.path.isfile(root):  # it goes by the name it was given, from wherever that was
+            now = dict.fromkeys([source], next(iter(now.values())))
         if source not in now:
             yield Problem("deleted", source, "it is not there any more, or cannot be read: it is not used")
         elif now[source] != id_:

@@ -183,7 +183,9 @@ def _collector_resting() -> Iterator[None]:
 
 
 def _measured(profile: ModelProfile, entry: Entry) -> ModelProfile:
-    return replace(profile, reliable=entry.reliable, tiers=entry.tiers, rate_in=900.0, rate_out=18.0)
+    return replace(
+        profile, reliable=profile.reliable or entry.reliable, tiers=entry.tiers, rate_in=900.0, rate_out=18.0
+    )
 
 
 def _assemble(weights: Weights, profile: ModelProfile, *, exact: bool) -> Model:

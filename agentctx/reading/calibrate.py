@@ -109,7 +109,7 @@ def _asked(engine: Engine, hay: Haystack, needles: Sequence[Needle]) -> list[Ask
             share = mass[..., place.start : place.stop].sum(-1)
             within = range(text.first, text.first + len(text.offsets))
             less = smoothed(mass - empty, [within])[..., within.start : within.stop].half()
-            right = cut.index((needle.start, needle.end))
+            right = next(i for i, (a, b) in enumerate(cut) if a <= needle.start and needle.end <= b)
             shifted = [range(one.start - text.first, one.stop - text.first) for one in spans]
             found.append(Asked(less, shifted, right, share))
     return found
