@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from agentctx.api import Context
+from agentctx.memory.errors import InputError
 from agentctx.memory.types import Cost, Document
 from agentctx.paths import Paths
 from agentctx.testing import ScriptedChat, ScriptedReader, WordCounter, finding, scripted_model
@@ -62,13 +63,6 @@ class Case:
         return [ABLE, WEAK] if self.needs() == "reads" else [ABLE]
 
 
-CASES = [Case(name, kind) for name in STRATEGIES for kind in strategy(name).kinds]
-# One of each strategy, and one of each kind of task, where a run is costly.
-EACH = [
-    case for case in CASES if case.kind == strategy(case.strategy).kinds[0] or case.strategy == "map_reduce"
-]
-
-
 def haystack(sentences=300, *, facts=("Zed is K77", "Yan is Q12"), seed=0):
     """Sentences that all differ, one line, with the facts in the first and the last third."""
     rng = random.Random(seed)
@@ -104,3 +98,23 @@ def spent(answer):
 def shape(answer):
     """The answer without what differs between two equal runs: its name and its time."""
     return replace(answer, run_id="", usage=replace(answer.usage, seconds=0.0))
+
+
+def _takes_what_is_long(name):
+    """False for a strategy that refuses what does not fit its window: its own tests are of what fits."""
+    try:
+        opened(chat_of(), haystack(600)).plan(QUESTION, strategy=name)
+    except InputError:
+        return False
+    return True
+
+
+CASES = [
+    Case(name, kind) for name in STRATEGIES if _takes_what_is_long(name) for kind in strategy(name).kinds
+]
+# One of each strategy, and one of each kind of task, where a run is costly.
+EACH = [
+    case for case in CASES if case.kind == strategy(case.strategy).kinds[0] or case.strategy == "map_reduce"
+]
+# Those that leave to `direct` what fits one call; the others have a one-call form of their own.
+YIELDING = [case for case in CASES if strategy(case.strategy).gives_way]
