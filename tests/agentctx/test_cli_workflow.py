@@ -1,9 +1,11 @@
 """`agentctx workflow`: what is printed, with which exit code; and the README's example."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from agentctx.cli.main import run
+from agentctx.paths import Paths
 from agentctx.testing import finding
 from agentctx.testing_endpoint import ScriptedEndpoint
 from agentctx.workflows.definition.export import schema
@@ -151,7 +154,10 @@ def test_a_killed_run_repeats_no_finished_call(tmp_path, kill_after):
         process.communicate()
         time.sleep(0.3)  # what was in flight at the kill ends on the server's side
         trace = tmp_path / "home" / "state" / "runs" / "r" / "trace.jsonl"
-        settled = sum('"event": "settle"' in line for line in trace.read_text().splitlines())
+        events = [json.loads(line) for line in trace.read_text().splitlines()]
+        started = {event["data"]["key"] for event in events if event["event"] == "call.start"}
+        with contextlib.closing(sqlite3.connect(Paths.default().calls)) as calls:
+            stored = sum(key in started for (key,) in calls.execute("SELECT key FROM calls"))
         before = len(endpoint.finished)
         resumed = start("runs", "resume", "r")
         out, err = resumed.communicate(timeout=120)
@@ -159,5 +165,5 @@ def test_a_killed_run_repeats_no_finished_call(tmp_path, kill_after):
     said = json.loads(out)
     assert said["status"] == "complete" and "Zed is K77" in said["answer"]
     repeated = len(endpoint.finished) - len(set(endpoint.finished))
-    assert repeated <= before - settled, "a reply that never arrived is asked for again, and no other"
+    assert repeated <= before - stored, "a reply that was not stored is asked for again, and no other"
     assert said["usage"]["calls"] <= said["plan"]["ceiling"]["calls"]
