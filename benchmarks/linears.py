@@ -75,8 +75,8 @@ def score(context: Context, ids: list[int]) -> tuple[np.ndarray, torch.Tensor]:
     rows = []
     for start in range(0, len(ids), FEW):
         piece = torch.tensor([ids[start : start + FEW]])
-        hidden = context.engine.step([context], piece)
-        rows.append(context.engine.logits(hidden)[0])  # as few rows as when generating
+        hidden = context.engine.step([context], piece, spoken=True)
+        rows.append(context.engine.logits(hidden, spoken=True)[0])  # as few rows as when generating
     logits = torch.cat(rows)[:-1]
     losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     return losses.double().numpy(), logits

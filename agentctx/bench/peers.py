@@ -125,9 +125,9 @@ class Ours:
 
 
 def _feed(context: Context) -> None:
-    hidden = context.feed([NEXT])
+    hidden = context.feed([NEXT], spoken=True)
     assert hidden is not None, "nobody cancels"
-    int(context.engine.logits(hidden).argmax())
+    int(context.engine.logits(hidden, spoken=True).argmax())
 
 
 class Stock:

@@ -22,13 +22,13 @@ def spoken_together(
             live.append((speech, speech.request.sampling.chance(hidden.device), hidden))
     while live:
         engine = live[0][0].context.engine
-        logits = engine.logits(torch.stack([hidden for _, _, hidden in live]))
+        logits = engine.logits(torch.stack([hidden for _, _, hidden in live]), spoken=True)
         for row, (speech, chance, _) in zip(logits, live, strict=True):
             speech.take(choose(row, speech.request.sampling, chance))
         live = [one for one in live if _goes_on(one[0])]
         if live:
             tokens = torch.tensor([[speech.token_ids[-1]] for speech, _, _ in live])
-            states = engine.step([speech.context for speech, _, _ in live], tokens)[:, -1]
+            states = engine.step([speech.context for speech, _, _ in live], tokens, spoken=True)[:, -1]
             for speech, _, _ in live:
                 speech.context.ids.append(speech.token_ids[-1])
                 speech.context.computed += 1

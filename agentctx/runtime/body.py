@@ -27,6 +27,10 @@ class Body(Protocol):
         """
         ...
 
+    def plain(self) -> Body:
+        """The same model without weights of fewer bits, which only the tokens of an answer go through."""
+        ...
+
     def forward(self, ids: Tensor, state: KVState) -> Tensor:
         """Hidden states `[B, T, H]` after the last norm, of ids `[B, T]` int64; `state` says where they
         stand.

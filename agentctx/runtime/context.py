@@ -50,22 +50,30 @@ class Context:
             state = self.state.fork()
         return Context(self.engine, state, list(self.ids), reused=len(self.ids))
 
-    def feed(self, ids: Sequence[int], *, cancelled: threading.Event | None = None) -> Tensor | None:
+    def feed(
+        self, ids: Sequence[int], *, cancelled: threading.Event | None = None, spoken: bool = False
+    ) -> Tensor | None:
         """Append tokens; returns the hidden state of the last, `[H]`.
 
         They ask about what was read, or answer, rather than being part of it, which sparse methods
         distinguish. None if `cancelled` was set before the end; then `ids` says how far it came. Raises
-        ModelError: overflow beyond the model's window, out_of_memory before anything of a piece is computed.
+        ModelError: overflow beyond the model's window, out_of_memory. After an error all is as it was before.
+        `spoken`: as in `Engine.step`.
         """
         self.engine.fits(len(self.ids) + len(ids))
-        hidden = None
-        for start in range(0, len(ids), self.engine.chunk):
-            if cancelled is not None and cancelled.is_set():
-                return None
-            piece = list(ids[start : start + self.engine.chunk])
-            hidden = self.engine.step([self], torch.tensor([piece]))[0, -1]
-            self.ids += piece
-            self.computed += len(piece)
+        hidden, before, computed = None, len(self.ids), self.computed
+        try:
+            for start in range(0, len(ids), self.engine.chunk):
+                if cancelled is not None and cancelled.is_set():
+                    return None
+                piece = list(ids[start : start + self.engine.chunk])
+                hidden = self.engine.step([self], torch.tensor([piece]), spoken=spoken)[0, -1]
+                self.ids += piece
+                self.computed += len(piece)
+        except BaseException:
+            self.crop(before)
+            self.computed = computed
+            raise
         return hidden
 
     def crop(self, tokens: int) -> None:

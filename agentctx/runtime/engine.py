@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from agentctx.memory.errors import ModelError, StoreError
+from agentctx.memory.errors import ConfigError, ModelError, StoreError
 from agentctx.memory.kv.chain import Block, blocks
 from agentctx.memory.kv.choices import Choices
 from agentctx.memory.kv.dtype import Keep, KVDtype
@@ -49,6 +49,12 @@ class Engine:
         kv_dtype: KVDtype = "auto",
     ) -> None:
         self.body, self.method = (method or Dense()).on(body)
+        self._plain = self.body.plain()
+        if self.method.evicts and kv_dtype in ("int8", "int4"):
+            raise ConfigError(
+                f"{self.method.name} keeps chosen tokens, which {kv_dtype} cannot hold",
+                hint="leave kv_dtype out, or choose another attention method",
+            )
         self.chunk = -(-chunk // self.method.grid) * self.method.grid
         self.pool = pool_of(self.body.shape, budget=memory_bytes, kv_dtype=kv_dtype)
         self.prefixes = PrefixIndex(self.pool)
@@ -180,29 +186,35 @@ class Engine:
         for document in documents if blocks else ():
             self.store.owners.name(document, blocks)
 
-    def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
+    def step(
+        self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = (), *, spoken: bool = False
+    ) -> Tensor:
         """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.
 
         `pads`: for each row, how many columns on the left are padding; only where nothing is in the table.
+        `spoken`: these are tokens of an answer, which may go through weights of fewer bits. What is read or
+        asked never does: how many rows a pass has depends on what was held before, and must not matter.
+        A pass that fails leaves the contexts as they were.
         """
+        body = self.body if spoken else self._plain
         with self.lock, torch.inference_mode():
             if len(contexts) == 1 and not pads:
-                return self.body.forward(ids, contexts[0].state)
+                return _forward(body, ids, contexts[0].state)
             tables = [context.table for context in contexts]
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
             first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
             pasts = [context.state.pasts[0] for context in contexts]
             state = KVState(self.pool, tables, first.method, shifts, 0, first.reading, notes, pasts)
-            hidden = self.body.forward(ids, state)
+            hidden = _forward(body, ids, state)
             for context in contexts:
                 context.state.settle()
             return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 `[..., V]`."""
+    def logits(self, hidden: Tensor, *, spoken: bool = False) -> Tensor:
+        """float32 `[..., V]`; `spoken`: to choose the next token of an answer, as in `step`."""
         with self.lock, torch.inference_mode():
-            return self.body.logits(hidden).float()
+            return (self.body if spoken else self._plain).logits(hidden).float()
 
     def _continue(
         self,
@@ -216,11 +228,11 @@ class Engine:
         named = self._named(ids, keep)
         while (at := len(context.ids)) < len(ids):
             if context.feed(ids[at : at + self.chunk], cancelled=cancelled) is None:
-                return
+                break
             self._remember(context, named, at, keep)
             if progress:
                 progress(len(context.ids), len(ids))
-        context.state.reading = False
+        context.state.reading = False  # also of a part: what comes next asks
 
     def _read_together(self, contexts: list[Context], texts: list[Sequence[int]], keep: Keep) -> None:
         """One pass over whole texts, padded on the left."""
@@ -298,7 +310,9 @@ class Engine:
                         k, v = self.pool.read(page, block.end - block.start)
                         self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
                 except StoreError as error:  # the answer does not depend on it
-                    context.warnings.append(f"{error.message}; the text will be read again next time")
+                    said = f"{error.message}; the text will be read again next time"
+                    if said not in context.warnings:
+                        context.warnings.append(said)
             self.pool.filled(context.table.pages[: len(context.ids) // PAGE_TOKENS])
             self._used([block.name for block in held])
 
@@ -306,6 +320,16 @@ class Engine:
         self.prefixes.used(names)
         if self.store is not None:
             self.store.used(names)
+
+
+def _forward(body: Body, ids: Tensor, state: KVState) -> Tensor:
+    """A pass over `state`, which is as it was if the pass fails or is interrupted."""
+    before = state.length
+    try:
+        return body.forward(ids, state)
+    except BaseException:
+        state.crop(state.length - before)
+        raise
 
 
 @contextmanager

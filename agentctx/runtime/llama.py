@@ -158,7 +158,7 @@ class LlamaDecoder:
         yield "head", ("lm_head",), self.head
 
     def plain(self) -> LlamaDecoder:
-        """This model without twins: it verifies what the one with them drafts. No weight is copied."""
+        """See `Body`; no weight is copied."""
         found = copy(self)
         found.head = self.head.plain()
         found.layers = [

@@ -58,11 +58,11 @@ def generate(
     for count in range(most):
         if state is None or cancelled.is_set():
             return
-        token = choose(context.engine.logits(state), sampling, chance)
+        token = choose(context.engine.logits(state, spoken=True), sampling, chance)
         yield token
         if token in ends or count + 1 == most:
             return
-        state = context.feed([token], cancelled=cancelled)
+        state = context.feed([token], cancelled=cancelled, spoken=True)
 
 
 def choose(logits: Tensor, sampling: Sampling, chance: torch.Generator) -> int:

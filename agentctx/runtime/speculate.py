@@ -39,11 +39,11 @@ ROUNDS = 3  # drafts before one is judged: the first pays for summaries and cach
 def draft_method(method: Dense) -> Dense:
     """How to draft where answers are read by `method`: by itself, if it is sparse, else by quest.
 
-    Raises ConfigError for a method that changes what is stored: dense attention over that is not exact.
+    Raises ConfigError for a method that changes what is held: dense attention over that is not exact.
     """
-    if method.writes:
+    if method.writes or method.evicts:
         raise ConfigError(
-            f"answers under {method.name} cannot be exact: it changes what is stored of a text",
+            f"answers under {method.name} cannot be exact: it changes what is held of a text",
             hint="choose dense, quest, mean or adamas, or leave exact out",
         )
     if isinstance(method, BestBlocks):
@@ -112,7 +112,7 @@ class Speculation:
         if hidden is None or most < 1:
             return
         context.state.method = Dense()
-        token = int(context.engine.logits(hidden).argmax())
+        token = int(context.engine.logits(hidden, spoken=True).argmax())
         yield token
         count, length = 1, 0  # the first round is a plain step, which tells what one costs
         while count < most and token not in ends and not cancelled.is_set():
@@ -134,9 +134,8 @@ class Speculation:
             began = time.perf_counter()
             draft = self._draft(context, token, length)
             drafted = time.perf_counter()
-            exact = (
-                engine.logits(engine.step([context], torch.tensor([[token, *draft]]))[0]).argmax(-1).tolist()
-            )
+            said = engine.step([context], torch.tensor([[token, *draft]]), spoken=True)[0]
+            exact = engine.logits(said, spoken=True).argmax(-1).tolist()
             checked = time.perf_counter() - drafted
         context.ids += [token, *draft]
         context.computed += 1 + length

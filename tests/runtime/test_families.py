@@ -147,7 +147,7 @@ def test_cropped_and_fed_again_is_as_if_never_cropped(case: Case) -> None:
     cache = case.cache()
     case.fed([250, 50], cache)
     for remove in (50, 0, 33):  # to within a page, and not at all
-        cache.crop(remove)
+        cache.crop(-remove)
         held = cache.get_seq_length()
         with torch.inference_mode():
             again = case.model(case.ids[:, held:300], past_key_values=cache).logits if held < 300 else None

@@ -97,14 +97,15 @@ def coded(block: Tensor, k: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["quest", "mean", "adamas"])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_selection_is_as_defined(name: str, group: int) -> None:
-    q, k, v = drawn(group, tokens=1170, rows=3, group=group)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_selection_is_as_defined(name: str, group: int, rows: int) -> None:
+    q, k, v = drawn(group, tokens=1170, rows=rows, group=group)
     kv = layer(k, v)
     some = method(f"{name}:budget=512,dense_below=0")
     assert isinstance(some, BestBlocks)
     chosen = some.choose(q, kv)
-    for row in range(3):
-        position = 1167 + row
+    for row in range(rows):
+        position = 1170 - rows + row
         scores = defined_scores(name, q[0, :, row].view(2, group, SIZE), k, position)
         for head in range(2):
             count = int(chosen.counts[0, head, row])

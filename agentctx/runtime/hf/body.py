@@ -55,6 +55,10 @@ class HFBody:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def plain(self) -> HFBody:
+        """See `Body`: it has no others."""
+        return self
+
     def rescaled(self, scaling: RopeScaling) -> HFBody:
         """See `Body`. The model itself is changed, and proves itself once more."""
         tables = [

@@ -124,8 +124,9 @@ class PagedCache(Cache):
         self.state = None
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; as in transformers, their number is negative."""
         if self.state and tokens_to_remove:
-            self.state.crop(tokens_to_remove)
+            self.state.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

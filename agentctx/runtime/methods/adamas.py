@@ -13,11 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from agentctx.kernels.records import Attention
-from agentctx.kernels.scores import block_scores
 from agentctx.memory.errors import ModelError
 from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.blocks import BestBlocks
-from agentctx.runtime.methods.sparse import positions
 from agentctx.runtime.notes import SAMPLE
 
 LEAST_HEAD = 16
@@ -31,6 +29,7 @@ class Adamas(BestBlocks):
     """
 
     name: ClassVar[str] = "adamas"
+    summary: ClassVar[str] = "hadamard2"
 
     @property
     def limit(self) -> int:
@@ -45,8 +44,3 @@ class Adamas(BestBlocks):
                 hint="choose quest or mean",
             )
         return super().attend(q, kv)
-
-    def scores(self, q: Tensor, kv: LayerKV) -> Tensor:
-        return block_scores(
-            q, kv.summary("hadamard2"), kv.lens, q_pos=positions(q, kv), scale=kv.scoring.scale
-        )

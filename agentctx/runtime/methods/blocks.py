@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from agentctx.kernels.decode import sparse_decode
 from agentctx.kernels.prefill import token_sparse_prefill
 from agentctx.kernels.records import Attention, BlockSelection
-from agentctx.kernels.selection import resolve_pages, topk_blocks
+from agentctx.kernels.scores import block_scores
+from agentctx.kernels.selection import resolve_pages, select_blocks, topk_blocks
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.runtime.guard import bracket, limit_of
@@ -30,6 +30,7 @@ class BestBlocks(Sparse):
     """
 
     while_asking: ClassVar[bool] = True
+    summary: ClassVar[str] = ""  # whose scores rank the blocks, the highest of a group of query heads
 
     budget: int = 1024
     dense_layers: int = 2
@@ -64,12 +65,25 @@ class BestBlocks(Sparse):
     def serves(self, kv: LayerKV) -> bool:
         return super().serves(kv) and kv.index >= self.dense_layers
 
-    @abstractmethod
     def scores(self, q: Tensor, kv: LayerKV) -> Tensor:
         """How much each row wants of each block, float32 `[1, Hkv, T, NB]`."""
+        at, scale = positions(q, kv), kv.scoring.scale
+        return block_scores(q, kv.summary(self.summary), kv.lens, q_pos=at, scale=scale)
 
     def choose(self, q: Tensor, kv: LayerKV) -> BlockSelection:
         """A list for each KV head and row, `[1, Hkv, T, S]`."""
+        if q.shape[2] == 1 and self.summary and not kv.notes[0].pins:
+            one = select_blocks(
+                q,
+                kv.summary(self.summary),
+                kv.table,
+                kv.lens,
+                self.budget // PAGE_TOKENS,
+                sink_blocks=self.sink_blocks,
+                local_blocks=self.local_blocks + 1,
+                scale=kv.scoring.scale,
+            )
+            return BlockSelection(*(x.unsqueeze(2) for x in one))
         rows, scores = positions(q, kv), self.scores(q, kv)
         if pins := kv.notes[0].pins:
             pinned = torch.tensor(pins, device=scores.device)

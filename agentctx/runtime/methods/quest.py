@@ -10,12 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from agentctx.kernels.scores import block_scores
-from agentctx.runtime.layer import LayerKV
 from agentctx.runtime.methods.blocks import BestBlocks
-from agentctx.runtime.methods.sparse import positions
 
 
 @dataclass(frozen=True)
@@ -23,6 +18,4 @@ class Quest(BestBlocks):
     """Min/max bounds of each block choose what questions and answers read; the highest of a group counts."""
 
     name: ClassVar[str] = "quest"
-
-    def scores(self, q: Tensor, kv: LayerKV) -> Tensor:
-        return block_scores(q, kv.summary("minmax"), kv.lens, q_pos=positions(q, kv), scale=kv.scoring.scale)
+    summary: ClassVar[str] = "minmax"
