@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from agentctx.kernels.linear import Int4Weight, pack_int4
+from agentctx.kernels.linear import Int4Weight, Int8Weight, pack_int4
 from agentctx.models.catalog import ensure
 from agentctx.models.int4 import codes
 from agentctx.models.manifest import Manifest
@@ -35,7 +35,7 @@ from agentctx.models.weights import Weights
 from agentctx.paths import Paths
 from agentctx.runtime import twins
 from agentctx.runtime.context import Context
-from agentctx.runtime.linear import FEW, Int8Weight
+from agentctx.runtime.linear import FEW
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.twins import HEAD
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "answering": "python benchmarks/answering.py DATA",
     "startup": "python benchmarks/startup.py DOCUMENT",
     "planned": "python benchmarks/planned.py",
+    "speed": "agentctx bench speed --lengths 1k..32k --threads 2",
 }
 SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
 
@@ -119,6 +120,41 @@ def planned() -> list[str]:
     ]
 
 
+def speed() -> list[str]:
+    """Whole model: ours in milliseconds, the others by how many times as long they take."""
+    lines = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*-speed-*.json")):
+        report = json.loads(path.read_text())
+        threads = "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
+        said = f"{report['model']}, {report['dtype']}, {threads}"
+        cases = report["cases"]
+        for operation, unit in (("prefill", "s"), ("decode", "ms a token")):
+            own = [case for case in cases if case["operation"] == operation]
+            ways = list(dict.fromkeys("/".join(case["options"].values()) for case in own))
+            ways.sort(key=lambda way: not way.startswith("dense"))
+            heads = " | ".join(f"`{way}`, {unit}" for way in ways)
+            lines += [f"| {operation}, {said} | {heads} |", "| --- |" + " --- |" * len(ways)]
+            for tokens in sorted({case["shape"]["tokens"] for case in own}):
+                found = [[case for case in own if case["shape"]["tokens"] == tokens
+                          and "/".join(case["options"].values()) == way] for way in ways]  # fmt: skip
+                lines.append(f"| {tokens:,} tokens | {' | '.join(map(timed, found))} |")
+            lines.append("")
+    return lines[:-1]
+
+
+def timed(cases: list[Any]) -> str:
+    """A time of ours, and how many times as long each peer takes for the same."""
+    if not cases:
+        return ""
+    time = cases[0]["median_us"] / (1e6 if cases[0]["operation"] == "prefill" else 1e3)
+    others = ", ".join(f"{case['baseline']} {case['ratio']:.1f}x" for case in sorted(cases, key=_peer))
+    return f"{time:.{2 if time < 10 else 1}f} ({others})"
+
+
+def _peer(case: Any) -> bool:
+    return bool(case["baseline"] != "transformers")
+
+
 def attention() -> str:
     grid = load("grid")
     cells = [cell for cell in grid["cells"] if "score" in cell]
@@ -156,6 +192,7 @@ def figures() -> str:
     tables = {"finding": finding, "answering": answering, "startup": startup, "planned": planned}
     for name, table in tables.items():
         parts.append("\n".join([*table(), "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
+    parts.append("\n".join([*speed(), "", f"`{COMMANDS['speed']}`", ""]))
     return "\n".join(parts)
 
 

@@ -50,6 +50,9 @@ OPERATIONS = {
     "unpack_pages": "store",
     "copy_pages": "store",
     "int4_linear": "linear",
+    "int8_linear": "linear",
+    "rms_norm": "rows",
+    "silu_gate": "rows",
 }
 FOLDERS = {"reference": "reference", "torch": "fallback", "cpp": "cpu", "triton": "gpu"}
 log = logging.getLogger("agentctx.kernels")

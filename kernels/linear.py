@@ -1,11 +1,13 @@
-"""Linear layers with weights of 4 bits, on the CPU: what one row costs is the reading of its weights.
+"""Linear layers with weights of few bits, on the CPU: what one row costs is the reading of its weights.
 
-    y = x W^T,   W = (code - 8) scale + zero,   code in 0..15, a scale and a zero for each group of a row
+    y = x W^T,   int4: W = (code - 8) scale + zero,   code in 0..15, a scale and a zero for each group of a row
+                 int8: W = code scale,   code in -128..127, a scale for each row
 
 Cost with groups of 32 and scales of 16 bits: 5/8 byte a weight, 2 FLOP a weight and row. The product is
 torch's own (`_weight_int4pack_mm_for_cpu`); it pays for up to about eight rows, above that a matrix product
 in bfloat16 is faster. It works in bfloat16 whatever the dtype of x: with float32 inside it is many times
 slower than a plain product. Limits: `out` a multiple of 16, `in` of the group, groups of 32, 64, 128 or 256.
+With 8 bits, a byte a weight, there are none; C++ serves float32 and bfloat16, torch works in bfloat16.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ class Int4Weight(NamedTuple):
     scales: Tensor
     shape: tuple[int, int]
     group: int
+
+
+class Int8Weight(NamedTuple):
+    """A weight `[out, in]`: `codes` int8, `scales` bfloat16 `[out]`."""
+
+    codes: Tensor
+    scales: Tensor
 
 
 def pack_int4(weight: Tensor, *, group: int = 32) -> Int4Weight:
@@ -88,6 +97,32 @@ def int4_linear(x: Tensor, weight: Int4Weight, *, impl: str | None = None) -> Te
     if x.device != weight.scales.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.scales.device}: move one of them")
     found: Tensor = choose.run("int4_linear", impl, x.device, x, weight)
+    return found
+
+
+def pack_int8(weight: Tensor) -> Int8Weight:
+    """Quantise `weight [out, in]`: the largest of each row becomes 127."""
+    checks.tensor("weight", weight, 2)
+    checks.floats("weight", weight)
+    largest = weight.abs().amax(1, keepdim=True).float()
+    scales = (largest / 127).to(torch.bfloat16)
+    codes = weight / torch.where(scales > 0, scales, 1).float()
+    return Int8Weight(codes.round_().clamp_(-128, 127).to(torch.int8), scales[:, 0].contiguous())
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, *, impl: str | None = None) -> Tensor:
+    """x `[..., in]` times the transpose of `weight`: `[..., out]` in the dtype of x.
+
+    Raises ValueError for another last dimension, dtype or device, TypeError for no tensor or weight.
+    """
+    if not isinstance(x, Tensor) or not isinstance(weight, Int8Weight):
+        raise TypeError(f"x is {type(x).__name__}, weight {type(weight).__name__}: Tensor and Int8Weight")
+    if x.dim() == 0 or x.shape[-1] != weight.codes.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}, weight {list(weight.codes.shape)}: [..., in] and [out, in]")
+    checks.floats("x", x)
+    if x.device != weight.codes.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.codes.device}: move one of them")
+    found: Tensor = choose.run("int8_linear", impl, x.device, x, weight)
     return found
 
 

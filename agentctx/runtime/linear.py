@@ -8,23 +8,13 @@ layers together cost nothing (benchmarks/results/linears.json).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentctx.kernels.linear import ROWS, Int4Weight, int4_linear
+from agentctx.kernels.linear import ROWS, Int4Weight, Int8Weight, int4_linear, int8_linear
 
 FEW = 8  # rows up to which a twin is used
 GROUP = 32  # weights of 4 bits that share a scale
-
-
-class Int8Weight(NamedTuple):
-    """A weight `[out, in]`: `codes` int8, `scales` bfloat16 `[out]`."""
-
-    codes: Tensor
-    scales: Tensor
 
 
 class Linear:
@@ -55,18 +45,3 @@ class Linear:
         twin = self.twin
         found = int4_linear(x, twin) if isinstance(twin, Int4Weight) else int8_linear(x, twin)
         return found if self.bias is None else found + self.bias
-
-
-def pack_int8(weight: Tensor) -> Int8Weight:
-    """Quantise `weight [out, in]`: the largest of each row becomes 127."""
-    largest = weight.abs().amax(1, keepdim=True).float()
-    scales = (largest / 127).to(torch.bfloat16)
-    codes = weight / torch.where(scales > 0, scales, 1).float()
-    return Int8Weight(codes.round_().clamp_(-128, 127).to(torch.int8), scales[:, 0])
-
-
-def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x `[..., in]` times the transpose of `weight`: `[..., out]` in the dtype of x; made in bfloat16."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    found: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.codes, weight.scales)
-    return found.to(x.dtype).view(*x.shape[:-1], -1)

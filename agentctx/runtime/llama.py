@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentctx.kernels.rope import rope
+from agentctx.kernels.rows import rms_norm, silu_gate
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
 from agentctx.runtime.layer import Scoring, with_sinks
@@ -134,12 +135,10 @@ class LlamaDecoder:
         """See `Body`."""
         x = F.embedding(ids, self.embedding)
         at = state.positions(ids.shape[1]).to(torch.int32)
-        size = x.shape[-1:]
         for index, layer in enumerate(self.layers):
-            x += self._attend(index, layer, torch.rms_norm(x, size, layer.before, self.eps), at, state)
-            gate, up = layer.gate_up(torch.rms_norm(x, size, layer.after, self.eps)).chunk(2, -1)
-            x += layer.down(F.silu(gate).mul_(up))
-        return torch.rms_norm(x, size, self.norm, self.eps)
+            x += self._attend(index, layer, rms_norm(x, layer.before, eps=self.eps), at, state)
+            x += layer.down(silu_gate(layer.gate_up(rms_norm(x, layer.after, eps=self.eps))))
+        return rms_norm(x, self.norm, eps=self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Body`."""
@@ -187,8 +186,8 @@ class LlamaDecoder:
         rotated = self.heads + self.kv_heads
         qkv = layer.qkv(x).view(batch, new, -1, self.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = F.rms_norm(qkv[:, :, : self.heads], (self.head_dim,), layer.q_norm, self.eps)
-            k = F.rms_norm(qkv[:, :, self.heads : rotated], (self.head_dim,), layer.k_norm, self.eps)
+            q = rms_norm(qkv[:, :, : self.heads], layer.q_norm, eps=self.eps)
+            k = rms_norm(qkv[:, :, self.heads : rotated], layer.k_norm, eps=self.eps)
             qkv = torch.cat([q, k, qkv[:, :, rotated:]], 2)
         qkv = qkv.transpose(1, 2)
         turn = self.rotation

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from agentctx.kernels.linear import Int4Weight, pack_int4, pack_int4_groups
+from agentctx.kernels.linear import Int4Weight, Int8Weight, pack_int4, pack_int4_groups, pack_int8
 from agentctx.memory.atomic import write_bytes
-from agentctx.runtime.linear import GROUP, Int8Weight, Linear, pack_int8
+from agentctx.runtime.linear import GROUP, Linear
 
 FILE = "int4.safetensors"
 VERSION = "1"

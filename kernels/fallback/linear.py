@@ -1,11 +1,11 @@
-"""The product that torch has for weights of 4 bits on the CPU."""
+"""The products that torch has for weights of few bits on the CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from agentctx.kernels.linear import Int4Weight
+from agentctx.kernels.linear import Int4Weight, Int8Weight
 
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -20,3 +20,11 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     if found.dtype != x.dtype:
         found = found.to(x.dtype)
     return found if x.dim() == 2 else found.view(*shape[:-1], size)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], len(weight.codes))
+    found: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.codes, weight.scales)
+    return found.to(x.dtype).view(*x.shape[:-1], -1)

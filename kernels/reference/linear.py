@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentctx.kernels.linear import Int4Weight
+from agentctx.kernels.linear import Int4Weight, Int8Weight
 
 
 def dequantised(weight: Int4Weight) -> Tensor:
@@ -25,3 +25,8 @@ def dequantised(weight: Int4Weight) -> Tensor:
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     return (x.double() @ dequantised(weight).t()).to(x.dtype)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
+    whole = weight.codes.double() * weight.scales.double()[:, None]
+    return (x.double() @ whole.t()).to(x.dtype)
