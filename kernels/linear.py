@@ -1,7 +1,7 @@
 """Linear layers with weights of few bits, on the CPU: what one row costs is the reading of its weights.
 
-    y = x W^T,   int4: W = (code - 8) scale + zero,   code in 0..15, a scale and a zero for each group of a row
-                 int8: W = code scale,   code in -128..127, a scale for each row
+    y = x W^T,   int4: W = (code - 8) scale + zero, code in 0..15, scale and zero for a group of a row
+                 int8: W = code scale, code in -128..127, a scale for a row
 
 Cost with groups of 32 and scales of 16 bits: 5/8 byte a weight, 2 FLOP a weight and row. The product is
 torch's own (`_weight_int4pack_mm_for_cpu`); it pays for up to about eight rows, above that a matrix product

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from agentctx.kernels.linear import Int4Weight, Int8Weight
 
+WHOLE = 32  # columns
+
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     size, shape = weight.shape[0], x.shape
@@ -26,5 +28,8 @@ def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], len(weight.codes))
-    found: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.codes, weight.scales)
+    if x.shape[-1] % WHOLE:  # torch's product ends the process there
+        found = (rows @ weight.codes.to(rows.dtype).t()) * weight.scales
+    else:
+        found = torch.ops.aten._weight_int8pack_mm(rows, weight.codes, weight.scales)
     return found.to(x.dtype).view(*x.shape[:-1], -1)

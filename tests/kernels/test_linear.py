@@ -5,10 +5,17 @@ from __future__ import annotations
 import drawn
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agentctx.kernels.linear import Int4Weight, int4_linear, pack_int4, pack_int4_groups
+from agentctx.kernels.linear import (
+    Int4Weight,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    pack_int4_groups,
+    pack_int8,
+)
 from agentctx.kernels.reference.linear import dequantised
 
 IMPLEMENTATIONS = drawn.implementations("int4_linear")
@@ -38,6 +45,40 @@ def test_agrees_with_the_product_in_float64(impl, dtype, group, rows, groups, le
     want = int4_linear(x, weight, impl="reference")
     assert got.dtype == dtype and got.shape == (*lead, 16 * rows)
     assert drawn.relative(got, want) <= drawn.RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("impl", drawn.implementations("int8_linear"))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    outs=st.integers(1, 40),
+    width=st.integers(1, 200),
+    lead=st.sampled_from(((), (1,), (3,), (2, 0), (1, 1), (2, 9))),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_eight_bits_agree_with_the_product_in_float64(impl, dtype, outs, width, lead, strided, seed):
+    assume(dtype != torch.float16 or "cpp" not in impl)  # left to torch
+    weight = pack_int8(noise(outs, width, seed=seed))
+    x = noise(*lead, width * (2 if strided else 1), seed=seed + 1).to(dtype)
+    x = x[..., ::2] if strided else x
+    got, want = int8_linear(x, weight, impl=impl), int8_linear(x, weight, impl="reference")
+    assert got.dtype == dtype and got.shape == (*lead, outs)
+    allowed = 1e-5 if "cpp" in impl and dtype == torch.float32 else 2**-6  # torch works in bfloat16
+    bound = (x.double().abs() @ weight.codes.double().abs().t()) * weight.scales.double()
+    assert bool(((got.double() - want.double()).abs() <= allowed * bound + 1e-9).all())
+
+
+def test_eight_bits_do_not_depend_on_threads_or_rows():
+    weight, x = pack_int8(noise(3001, 577)), noise(5, 577, seed=1).to(torch.bfloat16)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(int8_linear(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -70,6 +111,7 @@ def test_groups_of_a_file_lose_only_the_rounding_of_their_scales():
 
 W = noise(32, 64)
 PACKED = pack_int4(W)
+EIGHT = pack_int8(W)
 CODES, GROUPS = torch.zeros(32, 64, dtype=torch.uint8), torch.zeros(32, 2)
 
 
@@ -92,6 +134,10 @@ CODES, GROUPS = torch.zeros(32, 64, dtype=torch.uint8), torch.zeros(32, 2)
         (lambda: int4_linear(torch.zeros(2, 64).double(), PACKED), ValueError, "x is torch.float64"),
         (lambda: int4_linear(torch.zeros(2, 64), W), TypeError, "weight Tensor"),
         (lambda: int4_linear([1.0], PACKED), TypeError, "x is list"),
+        (lambda: pack_int8(W[0]), ValueError, r"weight is \[64\]"),
+        (lambda: int8_linear(torch.zeros(2, 32), EIGHT), ValueError, r"x is \[2, 32\], weight \[32, 64\]"),
+        (lambda: int8_linear(torch.zeros(2, 64).double(), EIGHT), ValueError, "x is torch.float64"),
+        (lambda: int8_linear(torch.zeros(2, 64), W), TypeError, "weight Tensor"),
     ],
 )
 def test_what_does_not_fit_is_named(call, error, named):
