@@ -51,8 +51,8 @@ OPERATIONS = {
     "copy_pages": "store",
     "int4_linear": "linear",
     "int8_linear": "linear",
-    "rms_norm": "rows",
-    "silu_gate": "rows",
+    "rms_norm": "norm",
+    "silu_gate": "norm",
 }
 FOLDERS = {"reference": "reference", "torch": "fallback", "cpp": "cpu", "triton": "gpu"}
 log = logging.getLogger("agentctx.kernels")

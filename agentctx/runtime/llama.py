@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentctx.kernels.norm import rms_norm, silu_gate
 from agentctx.kernels.rope import rope
-from agentctx.kernels.rows import rms_norm, silu_gate
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
 from agentctx.runtime.layer import Scoring, with_sinks
