@@ -52,7 +52,6 @@ OPERATIONS = {
     "int4_linear": "linear",
     "int8_linear": "linear",
     "rms_norm": "norm",
-    "silu_gate": "norm",
 }
 FOLDERS = {"reference": "reference", "torch": "fallback", "cpp": "cpu", "triton": "gpu"}
 log = logging.getLogger("agentctx.kernels")

@@ -1,11 +1,9 @@
-"""What happens to each token between the products of a layer: the norm before, the gate inside.
+"""The norm before the products of a layer (Zhang and Sennrich, arXiv 1910.07467).
 
-    rms_norm   x / sqrt(mean(x^2) + eps) * weight          (Zhang and Sennrich, arXiv 1910.07467)
-    silu_gate  silu(gate) * up, for rows [gate, up]        (SwiGLU, Shazeer, arXiv 2002.05202)
+    rms_norm   x / sqrt(mean(x^2) + eps) * weight
 
-Inside is float32, rounded once. Cost: the bytes of the rows once each way and a few FLOP an element; in torch
-each is several operators, whose calls cost a decode step more than their arithmetic. Limits: none in torch;
-C++ serves float32 and bfloat16.
+Inside is float32, rounded once. Cost: the bytes of the rows once each way; in torch it is ten operators, whose
+calls cost a decode step more than their arithmetic. Limits: none in torch; C++ serves float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -20,9 +18,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, impl: str | None =
 
     Raises ValueError for shapes, dtypes or devices that do not fit, TypeError for no tensors.
     """
-    _rows("x", x)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is {type(weight).__name__}: a tensor is needed")
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        raise TypeError(f"x is {type(x).__name__}, weight {type(weight).__name__}: tensors are needed")
+    checks.floats("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x is {list(x.shape)}: rows of one element or more are needed")
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         came = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
         raise ValueError(f"weight is {came}: {x.dtype} {list(x.shape[-1:])} on {x.device} is needed")
@@ -30,23 +30,3 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, impl: str | None =
         raise ValueError(f"eps is {eps}: 0 or more is needed")
     found: Tensor = choose.run("rms_norm", impl, x.device, x, weight, float(eps))
     return found
-
-
-def silu_gate(x: Tensor, *, impl: str | None = None) -> Tensor:
-    """x `[..., 2 F]`, gate and up side by side, to `[..., F]`.
-
-    Raises ValueError for an odd last dimension or a dtype that does not fit, TypeError for no tensor.
-    """
-    _rows("x", x)
-    if x.shape[-1] % 2:
-        raise ValueError(f"x is {list(x.shape)}: an even last dimension is needed")
-    found: Tensor = choose.run("silu_gate", impl, x.device, x)
-    return found
-
-
-def _rows(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}: a tensor is needed")
-    if value.dim() == 0 or value.shape[-1] == 0:
-        raise ValueError(f"{name} is {list(value.shape)}: rows of one element or more are needed")
-    checks.floats(name, value)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentctx.kernels.norm import rms_norm, silu_gate
+from agentctx.kernels.norm import rms_norm
 from agentctx.kernels.rope import rope
 from agentctx.memory.kv.pool import KVShape
 from agentctx.runtime.checkpoint import Checkpoint, read_tensors
@@ -137,7 +137,8 @@ class LlamaDecoder:
         at = state.positions(ids.shape[1]).to(torch.int32)
         for index, layer in enumerate(self.layers):
             x += self._attend(index, layer, rms_norm(x, layer.before, eps=self.eps), at, state)
-            x += layer.down(silu_gate(layer.gate_up(rms_norm(x, layer.after, eps=self.eps))))
+            gate, up = layer.gate_up(rms_norm(x, layer.after, eps=self.eps)).chunk(2, -1)
+            x += layer.down(F.silu(gate).mul_(up))
         return rms_norm(x, self.norm, eps=self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

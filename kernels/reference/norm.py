@@ -1,4 +1,4 @@
-"""Norm and gate in float64."""
+"""The norm in float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.double()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight.double()).to(x.dtype)
-
-
-def silu_gate(x: Tensor) -> Tensor:
-    gate, up = x.double().chunk(2, -1)
-    return (gate * torch.sigmoid(gate) * up).to(x.dtype)

@@ -1,36 +1,46 @@
-// A few rows times a weight of 8 bits: what it costs is the reading of the codes.
+// A few rows times a weight of 8 bits: what it costs is the reading of the codes. Sixty-four codes are loaded as sixteen
+// numbers of four bytes, and byte j of each is turned into floats by two shifts; so the rows of x are laid out to match:
+// in each run of 64, x[4 l + j] stands at 16 j + l.
 #include "ops.h"
 
 namespace agentctx {
 namespace {
 
-typedef int8_t vb __attribute__((vector_size(LANES)));
-
+constexpr int RUN = 4 * LANES;
 constexpr int TOGETHER = 4;  // rows of x that share one reading of the codes
 
-inline vf codes_at(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf); }
+template <int J>
+inline void add(const float* x, int64_t width, vi codes, vf* acc, int rows) {
+  const vf w = __builtin_convertvector((codes << (24 - 8 * J)) >> 24, vf);
+  for (int r = 0; r < rows; ++r) acc[r * 4 + J] += load(x + r * width + J * LANES) * w;
+}
 
-// sums[r] = x[r] . codes, for `rows` rows of floats. One row has four chains of its own.
+// sums[r] = x[r] . codes, for ROWS rows; what is left of the last run is in plain order.
 template <int ROWS>
 inline void products(const float* x, int64_t width, const int8_t* codes, float* sums) {
-  constexpr int CHAINS = ROWS == 1 ? 4 : 1;
-  vf acc[ROWS * CHAINS] = {};
+  vf acc[ROWS * 4] = {};
   int64_t i = 0;
-  for (; i + CHAINS * LANES <= width; i += CHAINS * LANES)
-    for (int c = 0; c < CHAINS; ++c) {
-      const vf w = codes_at(codes + i + c * LANES);
-      for (int r = 0; r < ROWS; ++r) acc[r * CHAINS + c] += load(x + r * width + i + c * LANES) * w;
-    }
-  for (; i + LANES <= width; i += LANES) {
-    const vf w = codes_at(codes + i);
-    for (int r = 0; r < ROWS; ++r) acc[r * CHAINS] += load(x + r * width + i) * w;
+  for (; i + RUN <= width; i += RUN) {
+    const vi four = load_as<vi>(codes + i);
+    add<0>(x + i, width, four, acc, ROWS);
+    add<1>(x + i, width, four, acc, ROWS);
+    add<2>(x + i, width, four, acc, ROWS);
+    add<3>(x + i, width, four, acc, ROWS);
   }
   for (int r = 0; r < ROWS; ++r) {
-    vf whole = acc[r * CHAINS];
-    for (int c = 1; c < CHAINS; ++c) whole += acc[r * CHAINS + c];
-    sums[r] = hsum(whole);
+    sums[r] = hsum((acc[4 * r] + acc[4 * r + 1]) + (acc[4 * r + 2] + acc[4 * r + 3]));
     for (int64_t j = i; j < width; ++j) sums[r] += x[r * width + j] * float(codes[j]);
   }
+}
+
+template <class T>
+std::vector<float> laid_out(const T* x, int64_t rows, int64_t width) {
+  std::vector<float> found(rows * width);
+  const int64_t whole = width / RUN * RUN;
+  for (int64_t r = 0; r < rows; ++r, x += width)
+    for (int64_t i = 0; i < width; ++i)
+      found[r * width + (i < whole ? i / RUN * RUN + i % 4 * LANES + i % RUN / 4 : i)] = to_float(x[i]);
+  return found;
 }
 
 }  // namespace
@@ -42,20 +52,17 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& codes, const at::T
   const int8_t* from = (const int8_t*)codes.const_data_ptr();
   const bf16* scale = (const bf16*)scales.const_data_ptr();
   auto run = [&]<class T>(T) {
-    const T* given = (const T*)x.const_data_ptr();
+    const std::vector<float> wide = laid_out((const T*)x.const_data_ptr(), rows, width);
     T* to = (T*)out.mutable_data_ptr();
-    std::vector<float> wide(rows * width);
-    for (int64_t i = 0; i < rows * width; ++i) wide[i] = to_float(given[i]);
     parallel(outs, threads, [&](int64_t begin, int64_t end) {
       float sums[TOGETHER];
       for (int64_t n = begin; n < end; ++n)
-        for (int64_t r = 0; r < rows;) {
+        for (int64_t r = 0, count; r < rows; r += count) {
           const float* at = wide.data() + r * width;
-          const int64_t left = rows - r, count = left >= TOGETHER ? TOGETHER : 1;
+          count = rows - r >= TOGETHER ? TOGETHER : 1;
           count == TOGETHER ? products<TOGETHER>(at, width, from + n * width, sums)
                             : products<1>(at, width, from + n * width, sums);
           for (int64_t j = 0; j < count; ++j) to[(r + j) * outs + n] = from_float<T>(sums[j] * widen(scale[n]));
-          r += count;
         }
     });
   };

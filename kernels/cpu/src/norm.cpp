@@ -1,4 +1,4 @@
-// What happens to each token between the products of a layer.
+// The root mean square of each token, and the token divided by it.
 #include "ops.h"
 
 namespace agentctx {
@@ -26,22 +26,6 @@ void norm(const T* x, const T* weight, T* to, int64_t size, float eps) {
   for (; i < size; ++i) to[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
 }
 
-// silu(a) b; beyond 126 the power would overflow, and the result is 0 long before.
-inline vf gated(vf a, vf b) { return a / (1.f + exp2(vmin(a * -LOG2E, splat(126.f)))) * b; }
-
-template <class T>
-void gate(const T* x, T* to, int64_t size) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(to + i, gated(load(x + i), load(x + size + i)));
-  if (i < size) {
-    float a[LANES] = {}, b[LANES] = {};
-    for (int64_t j = i; j < size; ++j) a[j - i] = to_float(x[j]), b[j - i] = to_float(x[size + j]);
-    const vf last = gated(load(a), load(b));
-    store(a, last);
-    for (int64_t j = i; j < size; ++j) to[j] = from_float<T>(a[j - i]);
-  }
-}
-
 }  // namespace
 
 // x contiguous [..., H], weight [H] of the same type.
@@ -59,26 +43,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, i
   return out;
 }
 
-// x contiguous [..., 2 F].
-at::Tensor silu_gate(const at::Tensor& x, int64_t threads) {
-  auto shape = x.sizes().vec();
-  shape.back() /= 2;
-  auto out = at::empty(shape, x.options());
-  const int64_t size = shape.back(), rows = x.numel() / (2 * size);
-  auto run = [&]<class T>(T) {
-    const T* from = (const T*)x.const_data_ptr();
-    T* to = (T*)out.mutable_data_ptr();
-    parallel(rows, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) gate(from + 2 * r * size, to + r * size, size);
-    });
-  };
-  x.scalar_type() == at::kFloat ? run(float{}) : run(bf16{});
-  return out;
-}
-
 }  // namespace agentctx
 
 TORCH_LIBRARY_FRAGMENT(AGENTCTX_NS, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, int threads) -> Tensor", &agentctx::rms_norm);
-  m.def("silu_gate(Tensor x, int threads) -> Tensor", &agentctx::silu_gate);
 }
