@@ -2,8 +2,9 @@
 
     rms_norm   x / sqrt(mean(x^2) + eps) * weight
 
-Inside is float32, rounded once. Cost: the bytes of the rows once each way; in torch it is ten operators, whose
-calls cost a decode step more than their arithmetic. Limits: none in torch; C++ serves float32 and bfloat16.
+Inside is float32, rounded once. Cost: the bytes of the rows once each way; in torch it is ten operators,
+whose calls cost a decode step more than their arithmetic. Limits: none in torch; C++ serves float32 and
+bfloat16.
 """
 
 from __future__ import annotations
