@@ -159,6 +159,8 @@ class LlamaDecoder:
 
     def plain(self) -> LlamaDecoder:
         """See `Body`; no weight is copied."""
+        if all(linear.twin is None for _, _, linear in self.linears()):
+            return self
         found = copy(self)
         found.head = self.head.plain()
         found.layers = [

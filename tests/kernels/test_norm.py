@@ -62,7 +62,7 @@ X = torch.zeros(2, 4)
     ("call", "kind", "words"),
     [
         (lambda: rms_norm([1.0], X[0]), TypeError, "x is list"),
-        (lambda: rms_norm(X, None), TypeError, "weight is NoneType"),
+        (lambda: rms_norm(X, None), TypeError, "weight NoneType"),
         (lambda: rms_norm(X, torch.ones(3)), ValueError, "weight is"),
         (lambda: rms_norm(X, torch.ones(4).bfloat16()), ValueError, "weight is"),
         (lambda: rms_norm(X, X[0], eps=-1.0), ValueError, "eps is"),
