@@ -114,7 +114,9 @@ def _open_fetched(entry: Entry, paths: Paths, how: Loading, *, offline: bool, pr
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
     gguf = folder.parent / entry.gguf.basename
-    return _open_folder(folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder), gguf=gguf)
+    return _open_folder(
+        folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder), gguf=gguf
+    )
 
 
 def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:

@@ -113,7 +113,9 @@ def test_a_compiler_that_fails(cache, stand_in, monkeypatch, tmp_path):
     assert [path.name for path in cache.iterdir()] == ["flock"]
 
 
-@pytest.mark.parametrize("version", ["g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0", "g++ (GCC) 11.5.0 2024 (Red Hat 11.5.0-5)"])
+@pytest.mark.parametrize(
+    "version", ["g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0", "g++ (GCC) 11.5.0 2024 (Red Hat 11.5.0-5)"]
+)
 def test_a_gcc_that_is_too_old_is_not_tried(cache, stand_in, monkeypatch, tmp_path, version):
     said = f"{version} / Free Software Foundation, Inc."
     monkeypatch.setenv("CXX", script(tmp_path / "cxx", f"touch {tmp_path / 'tried'}; exit 1", said))

@@ -305,11 +305,11 @@ def test_a_count_that_cannot_be_read_is_made_again(root: Path, damage: bytes) ->
     some = store(root)
     some.put("ab1", *drawn())
     lock = root / "lock"
-    for one in (some, store(root)):  # one that has counted, and one that has not
+    for name, one in (("ab2", some), ("ab3", store(root))):  # that has counted, that has not
         lock.write_bytes(damage)
-        one.put("ab2", *drawn())
+        one.put(name, *drawn())
         assert int(lock.read_bytes()) == Shelf(root, budget=PLENTY).used_bytes > 0
-    assert len(files(root)) == 2
+    assert len(files(root)) == 3
 
 
 def test_what_a_killed_process_left_is_swept(root: Path) -> None:

@@ -98,7 +98,7 @@ def test_without_the_gguf_they_are_quantised_a_second_time_with_a_warning(folder
 
 @pytest.mark.model
 def test_the_embedded_model_s_codes_are_those_of_its_file(folder: Path) -> None:
-    """Without the file they are others: told each time, answers of another model, and only until it is back."""
+    """Without the file they are others: told each time, another model, and only until it is back."""
     gguf, home = folder.parent / SMOLLM2.gguf.basename, folder.parents[1]
     paths = Paths(home.parent, home, home, home)
     assert paths.models == home

@@ -160,7 +160,7 @@ def test_a_damaged_generation_config(folder: Path, paths: Paths, text: str) -> N
         open_model(str(folder), paths=paths)
 
 
-@pytest.mark.parametrize("fields", [{"hidden_size": "wide"}, {"rope_parameters": "default"}])
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": "two"}, {"rope_parameters": "default"}])
 def test_a_config_of_the_wrong_types(folder: Path, paths: Paths, fields: dict[str, str]) -> None:
     change(folder, **fields)
     with pytest.raises(ModelError, match="cannot be loaded"):

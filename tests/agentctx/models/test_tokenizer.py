@@ -207,7 +207,9 @@ def test_text_comes_whole_token_by_token(fallback_model: Path, tiny_model: Path,
         ids = tokenizer.encode(text)
         pieces = list(map(Detokenizer(tokenizer).step, ids))
         whole = tokenizer.decode(ids)
-        assert whole.startswith("".join(pieces)) and "".join(pieces).rstrip("\ufffd") == whole.rstrip("\ufffd")
+        assert whole.startswith("".join(pieces)) and "".join(pieces).rstrip("\ufffd") == whole.rstrip(
+            "\ufffd"
+        )
 
 
 @settings(deadline=None, derandomize=True)
