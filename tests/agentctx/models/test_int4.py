@@ -97,12 +97,11 @@ def test_without_the_gguf_they_are_quantised_a_second_time_with_a_warning(folder
 
 
 @pytest.mark.model
-def test_the_embedded_model_s_codes_are_those_of_its_file(folder: Path) -> None:
+def test_the_embedded_model_s_codes_are_those_of_its_file(folder: Path, tmp_path: Path) -> None:
     """Without the file they are others: told each time, another model, and only until it is back."""
-    gguf, home = folder.parent / SMOLLM2.gguf.basename, folder.parents[1]
-    paths = Paths(home.parent, home, home, home)
-    assert paths.models == home
-    gguf.rename(away := home / "away.gguf")
+    gguf, paths = folder.parent / SMOLLM2.gguf.basename, Paths(tmp_path, tmp_path, tmp_path, tmp_path)
+    paths.models.symlink_to(folder.parents[1])
+    gguf.rename(away := tmp_path / gguf.name)
     without = [open_model("smollm2", paths=paths, offline=True, linears="int4", kv_bytes=0) for _ in range(2)]
     assert [len(model.warnings) for model in without] == [1, 1]
     assert all("second time" in model.warnings[0].message for model in without)
