@@ -178,19 +178,22 @@ def _databases(paths: Paths) -> Iterator[Check]:
 
 
 def _models(paths: Paths) -> Iterator[Check]:
-    from agentctx.models.catalog import ensure, installed
+    from agentctx.models.catalog import installed
     from agentctx.models.manifest import Manifest
     from agentctx.models.table import TABLE
 
     for model in installed(paths):
         title = f"model {model.name}"
-        if not model.ready:
-            yield Check(title, True, f"not here; {model.size / 1e6:.0f} MB are fetched at its first use")
+        folder = Path(model.folder)
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            size = f"{model.size / 1e6:.0f} MB"
+            there = f"{size} that are not whole, or of another version: `agentctx models rm {model.name}`"
+            absent = f"not here; {size} are fetched at its first use"
+            yield Check(title, True, absent if model.name in TABLE else there)
             continue
         try:
-            folder = ensure(TABLE[model.name], paths, offline=True)
-            if manifest := Manifest.read(folder):
-                manifest.verify(folder)
+            manifest.verify(folder)
             yield Check(title, True, f"every byte is as it was, {model.size / 1e6:.0f} MB")
         except ModelError as error:
             yield Check(title, False, error.message, error.hint)

@@ -84,6 +84,24 @@ def tiny_model(kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fallback_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a vocabulary that falls back to bytes, as those of SentencePiece do."""
+    from tokenizers import Tokenizer, decoders, models
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("fallback") / "model")
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(0xF5)), *(f"▁{one}" for one in "abcdefghijk")]
+    vocabulary = {token: at for at, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token=specials[0]))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(specials)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with four layers: methods are dense in the first two."""
     import torch

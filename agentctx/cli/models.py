@@ -20,7 +20,7 @@ Name = Annotated[str, typer.Argument(help="As `agentctx models ls` lists it.", s
 
 @app.command("ls")
 def ls(json: Json = False) -> None:
-    """List the models, with the window, what of it is read reliably, size and hash."""
+    """List the models and the copies of GGUF files, with window, what of it is read reliably, size, hash."""
     from agentctx.cli.render import columns
     from agentctx.models.catalog import installed
 
@@ -30,7 +30,7 @@ def ls(json: Json = False) -> None:
         (
             m.name,
             "yes" if m.ready else "no",
-            f"{m.context}",
+            f"{m.context or 'unknown'}",
             f"{m.reliable or 'unknown'}",
             f"{m.size / 1e6:.0f}",
             m.licence,
@@ -62,7 +62,7 @@ def fetch(
 
 @app.command("rm")
 def rm(name: Name, json: Json = False) -> None:
-    """Delete a model's files."""
+    """Delete a model's files, or the copy made of a GGUF file."""
     from agentctx.models.catalog import remove
 
     freed = remove(name, Paths.default())

@@ -15,10 +15,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from agentctx.memory.errors import ConfigError, ModelError
-from agentctx.models.convert import convert
+from agentctx.models.convert import PART, convert
 from agentctx.models.disk import disk_errors, private_folder
 from agentctx.models.fetch import Progress, announce, fetch_gguf
-from agentctx.models.manifest import Manifest, sha256
+from agentctx.models.manifest import CONVERTED, Manifest, sha256
 from agentctx.models.table import TABLE, Entry
 from agentctx.paths import Paths
 
@@ -28,17 +28,18 @@ class Installed:
     """A row of `agentctx models ls`."""
 
     name: str
-    ready: bool  # False: it would be fetched at its first use
-    context: int  # tokens
+    ready: bool  # False: it would be fetched, or converted once more, at its next use
+    context: int | None  # tokens; None: not known
     reliable: int | None  # of them, that it reads well; None: not known
     size: int  # bytes on disk, or of the download where not ready
-    sha256: str  # of the published file
+    sha256: str  # of the file it is made of
     licence: str
+    folder: str
 
 
 def installed(paths: Paths) -> list[Installed]:
-    """Every model of the table and whether it is here."""
-    return [_row(entry, Manifest.read(_ready(entry, paths))) for entry in TABLE.values()]
+    """Every model of the table and whether it is here, and every copy of a GGUF file of the user."""
+    return [*(_row(entry, _ready(entry, paths)) for entry in TABLE.values()), *map(_copy, _copies(paths))]
 
 
 def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | None = None) -> Path:
@@ -57,27 +58,32 @@ def ensure(entry: Entry, paths: Paths, *, offline: bool = False, progress: Progr
     return _prepare(entry, paths, wheel=None, offline=offline, progress=progress, repair=False)
 
 
-def converted(gguf: Path, paths: Paths, *, progress: Progress = announce) -> Path:
-    """The folder made of a GGUF file that the user has, kept for its next use under the hash of the file."""
+def converted(gguf: Path, paths: Paths, *, progress: Progress = announce, repair: bool = False) -> Path:
+    """The folder made of a GGUF file that the user has, kept for its next use under the hash of the file.
+
+    It is made again if it is of another version, with `repair` also if a file of it has changed.
+    """
     with disk_errors(paths.models):
-        key = f"gguf-{sha256(gguf)[:16]}"
+        key = f"{CONVERTED}{sha256(gguf)[:16]}"
     folder = paths.models / key
     with _locked(key, paths, progress):
-        if Manifest.read(folder) is None:
+        if _cleared(folder, repair=repair):
             convert(gguf, folder, name=gguf.stem, progress=progress)
     return folder
 
 
 def remove(name: str, paths: Paths) -> int:
-    """Delete the model's files; returns the bytes that were freed."""
-    entry = entry_named(name)
-    folder = paths.models / entry.name
-    if not folder.exists():
-        return 0
-    with _locked(entry.name, paths, announce), disk_errors(folder):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        shutil.rmtree(folder)
-    return size
+    """Delete the files of a model that `installed` lists; returns the bytes that were freed.
+
+    Copies of GGUF files go by their names, which several may share, or by that of their folder. ConfigError
+    for an unknown name.
+    """
+    keys = [name]
+    if name not in TABLE:
+        keys = [one.name for one in _copies(paths) if name in (one.name, _copy(one).name)]
+    if not keys:
+        raise ConfigError(f"there is no model {name!r}", hint="`agentctx models ls` lists what is here")
+    return sum(_removed(paths.models / key, paths) for key in keys)
 
 
 def entry_named(name: str) -> Entry:
@@ -92,14 +98,31 @@ def _prepare(
 ) -> Path:
     ready = _ready(entry, paths)
     with _locked(entry.name, paths, progress):
-        if Manifest.read(ready) is not None and not (repair and _is_damaged(ready)):
-            return ready
-        with disk_errors(ready):
-            if ready.exists():
-                shutil.rmtree(ready)
-        gguf = fetch_gguf(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
-        convert(gguf, ready, name=entry.name, progress=progress)
+        if _cleared(ready, repair=repair):
+            gguf = fetch_gguf(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
+            convert(gguf, ready, name=entry.name, progress=progress)
     return ready
+
+
+def _cleared(folder: Path, *, repair: bool) -> bool:
+    """Whether the folder must be made anew; what there is of it is deleted then."""
+    if Manifest.read(folder) is not None and not (repair and _is_damaged(folder)):
+        return False
+    with disk_errors(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+    return True
+
+
+def _removed(folder: Path, paths: Paths) -> int:
+    there = [path for path in (folder, _unfinished(folder)) if path.exists()]
+    if not there:
+        return 0
+    with _locked(folder.name, paths, announce), disk_errors(folder):
+        size = sum(map(_bytes, there))
+        for path in there:
+            shutil.rmtree(path)
+    return size
 
 
 @contextmanager
@@ -132,14 +155,43 @@ def _ready(entry: Entry, paths: Paths) -> Path:
     return paths.models / entry.name / "safetensors"
 
 
-def _row(entry: Entry, manifest: Manifest | None) -> Installed:
-    size = entry.wheel.size if manifest is None else manifest.size + entry.gguf.size
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + PART)
+
+
+def _copies(paths: Paths) -> list[Path]:
+    """The folders made of GGUF files of the user, those included of which a killed run left a part."""
+    found = (path for path in paths.models.glob(f"{CONVERTED}*") if path.is_dir())
+    return sorted({path.with_name(path.name.removesuffix(PART)) for path in found})
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _row(entry: Entry, folder: Path) -> Installed:
+    manifest = Manifest.read(folder)
     return Installed(
         entry.name,
         manifest is not None,
         entry.context,
         entry.reliable,
-        size,
+        entry.wheel.size if manifest is None else manifest.size + entry.gguf.size,
         entry.gguf.sha256,
         entry.licence,
+        str(folder),
+    )
+
+
+def _copy(folder: Path) -> Installed:
+    manifest = Manifest.read(folder)
+    return Installed(
+        folder.name if manifest is None else manifest.name,
+        manifest is not None,
+        None,
+        None,
+        _bytes(folder) + _bytes(_unfinished(folder)),
+        "" if manifest is None else manifest.source,
+        "unknown",
+        str(folder),
     )

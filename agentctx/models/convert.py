@@ -19,6 +19,7 @@ from agentctx.models.fetch import Progress, last_line
 from agentctx.models.manifest import Manifest, sha256
 
 DTYPE = "bfloat16"  # finer than any 4-bit source
+PART = ".part"  # ends the name of a folder that is not whole
 
 
 def convert(gguf: Path, target: Path, *, name: str, progress: Progress) -> None:
@@ -26,7 +27,7 @@ def convert(gguf: Path, target: Path, *, name: str, progress: Progress) -> None:
 
     ModelError: `no_space`, `out_of_memory`, or `unavailable` for a file that transformers cannot read.
     """
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(target.name + PART)
     progress(f"converting {name} (once)", 0, None)
     with disk_errors(target.parent):
         if part.exists():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from agentctx.runtime.linear import GROUP
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.twins import Codes
 
+Origin = Literal["gguf", "weights"]  # of the codes; they differ, and so do the answers
 NAMES: Mapping[str, str] = MappingProxyType(
     {
         "attn_q": "self_attn.q_proj",
@@ -43,29 +44,43 @@ def quantise(
     manifest: Manifest | None,
     gguf: Path | None,
     warn: Callable[[str], None] | None,
-) -> None:
-    """Give the linear layers of `body`, loaded from `folder`, their 4-bit twins.
+) -> Origin:
+    """Give the linear layers of `body`, loaded from `folder`, their 4-bit twins; returns what they are of.
 
     They are kept in the folder if it has a manifest, which says that it is ours, under the hash `source`.
     Codes come from `gguf` if the folder was made of it; else the weights are quantised, and `warn` is told
     if that is a second time.
     """
-    place = folder / twins.FILE
     if manifest is None:
         twins.make(body.linears(), {})
-    elif not twins.take(place, body.linears(), source=source):
-        found = gguf is not None and gguf.is_file() and sha256(gguf) == manifest.source
-        twins.make(body.linears(), codes(gguf) if found and gguf else {})
-        if not found and warn:
-            warn(
-                f"the GGUF file that {folder} was made of is gone: its weights are quantised a second time, "
-                "which costs some accuracy"
-            )
-        with suppress(OSError):  # without the file, the next process makes them again
-            twins.keep(place, body.linears(), source=source)
+        origin: Origin = "weights"
+    else:
+        origin = _take_or_make(body, folder, source, manifest, gguf)
+    if manifest and origin == "weights" and warn:
+        warn(
+            f"the GGUF file that {folder} was made of is gone: its weights are quantised a second time, "
+            "which costs some accuracy"
+        )
     body.weight_bytes += sum(
         linear.twin[0].nbytes + linear.twin[1].nbytes for _, _, linear in body.linears() if linear.twin
     )
+    return origin
+
+
+def _take_or_make(
+    body: LlamaDecoder, folder: Path, source: str, manifest: Manifest, gguf: Path | None
+) -> Origin:
+    """Twins of the file in `folder`, and that file. One of the weights does only while the GGUF is gone."""
+    place = folder / twins.FILE
+    if twins.take(place, body.linears(), source=f"{source} gguf"):
+        return "gguf"
+    found = gguf if gguf and gguf.is_file() and sha256(gguf) == manifest.source else None
+    origin: Origin = "gguf" if found else "weights"
+    if found or not twins.take(place, body.linears(), source=f"{source} {origin}"):
+        twins.make(body.linears(), codes(found) if found else {})
+        with suppress(OSError):  # without the file, the next process makes them again
+            twins.keep(place, body.linears(), source=f"{source} {origin}")
+    return origin
 
 
 def codes(gguf: Path) -> dict[str, Codes]:

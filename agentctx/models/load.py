@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentctx.memory.errors import ConfigError
+from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.dtype import KVDtype
 from agentctx.memory.types import Notice
 from agentctx.models.fetch import Progress, announce
@@ -113,7 +113,10 @@ def _open_fetched(entry: Entry, paths: Paths, how: Loading, *, offline: bool, pr
     from agentctx.models.manifest import Manifest
 
     folder = ensure(entry, paths, offline=offline, progress=progress)
-    return _open_folder(folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder))
+    gguf = folder.parent / entry.gguf.basename
+    return _open_folder(
+        folder, entry.name, paths, how, entry=entry, manifest=Manifest.read(folder), gguf=gguf
+    )
 
 
 def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) -> Model:
@@ -123,6 +126,12 @@ def _open_gguf(file: Path, paths: Paths, how: Loading, *, progress: Progress) ->
     if file.suffix != ".gguf":
         raise ConfigError(f"{file} is not a model", hint="name a folder with safetensors, or a .gguf file")
     folder = converted(file, paths, progress=progress)
+    try:
+        return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
+    except ModelError as error:
+        if error.code != "wrong_hash":
+            raise
+    folder = converted(file, paths, progress=progress, repair=True)
     return _open_folder(folder, file.stem, paths, how, manifest=Manifest.read(folder), gguf=file)
 
 

@@ -20,6 +20,7 @@ from agentctx.memory.errors import ConfigError
 from agentctx.models.failures import out_of_memory, overflow
 from agentctx.models.stops import StopFilter
 from agentctx.models.template import ChatTemplate
+from agentctx.models.tokenizer import Detokenizer
 from agentctx.models.weights import Weights
 from agentctx.runtime.context import Context
 from agentctx.runtime.memory import is_out_of_memory
@@ -205,16 +206,14 @@ class LocalChat(BaseChatModel):
     def _answer(
         self, request: _Request, context: Context, hidden: Tensor | None, cancelled: threading.Event
     ) -> Iterator[ChatGenerationChunk]:
-        from tokenizers.decoders import DecodeStream
-
-        decoder, text = DecodeStream(skip_special_tokens=True), StopFilter(request.stop)
+        decoder, text = Detokenizer(self.weights.tokenizer), StopFilter(request.stop)
         count, reason, reused = 0, "length", context.reused
         for token in self._tokens(request, context, hidden, cancelled):
             count += 1
             if token in self.weights.ends:
                 reason = "stop"
                 break
-            if piece := text.feed(decoder.step(self._template.backend, token) or ""):
+            if piece := text.feed(decoder.step(token)):
                 yield _text_chunk(piece)
             if text.stopped:
                 reason = "stop"

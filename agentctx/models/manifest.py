@@ -16,6 +16,7 @@ from agentctx.memory.errors import ModelError
 from agentctx.models.disk import write_atomic
 
 NAME = "manifest.json"
+CONVERTED = "gguf-"  # a folder made of a GGUF file of the user: this, and the beginning of the file's SHA-256
 SCHEMA = 1
 _PIECE = 16 << 20  # bytes read at once: between two of them a thread waits until the one that imports lets go
 
@@ -86,8 +87,7 @@ def sha256(path: Path) -> str:
 
 
 def _damaged(path: Path, what: str, name: str) -> ModelError:
-    return ModelError(
-        f"the model file {path} {what}",
-        code="wrong_hash",
-        hint=f"run `agentctx models fetch {name}` to repair it",
-    )
+    key, repair = path.parent.name, f"run `agentctx models fetch {name}` to repair it"
+    if key.startswith(CONVERTED):
+        repair = f"run `agentctx models rm {key}`: it is made again when the GGUF file is opened"
+    return ModelError(f"the model file {path} {what}", code="wrong_hash", hint=repair)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,9 @@ class Tokenizer:
             if type(error) is not Exception:  # that very class is what the library raises
                 raise
             raise ValueError(f"tokenizer.json: {error}") from error
-        config = _json(folder / CONFIG)
+        config = json_object(folder / CONFIG)
         if "added_tokens_decoder" not in config:  # an older folder
-            config |= _json(folder / "special_tokens_map.json")
+            config |= json_object(folder / "special_tokens_map.json")
         specials = {name: text for name, value in config.items() if (text := _special(name, value))}
         _add_tokens(backend, config, specials)
         return cls(backend, specials, _chat_template(folder, config))
@@ -94,8 +95,39 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=not special)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_bytes()) if path.is_file() else {}
+class Detokenizer:
+    """Text from tokens as they come, in whole characters.
+
+    `DecodeStream` of tokenizers does the same, and gives up at a byte that belongs to no character: where a
+    vocabulary falls back to bytes a run of them is decoded at once, so that a wrong one turns those before
+    it, which were passed on already, into replacement characters as well.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+        """With `special`, special tokens have a text."""
+        self._decode = partial(tokenizer.decode, special=special)
+        self._before: list[int] = []  # passed on; the next token is written as after these
+        self._said = ""  # they alone
+        self._new: list[int] = []
+
+    def step(self, token: int) -> str:
+        """What can be passed on now; nothing while a character is not whole."""
+        self._new.append(token)
+        text = self._decode(self._before + self._new)
+        added = text[len(self._said) :] if text.startswith(self._said) else self._decode(self._new)
+        if not added or added.endswith("\ufffd"):
+            return ""
+        self._before, self._new = self._new, []
+        self._said = self._decode(self._before)
+        return added
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no file. ValueError names the file."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} holds no object")
     return found

@@ -8,8 +8,6 @@ at all.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,7 +19,7 @@ from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.dtype import KVDtype
 from agentctx.models.manifest import Manifest
 from agentctx.models.table import Linears
-from agentctx.models.tokenizer import Tokenizer
+from agentctx.models.tokenizer import Tokenizer, json_object
 from agentctx.paths import KV_BYTES
 from agentctx.runtime.memory import spare_bytes
 from agentctx.runtime.methods.table import method
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
 
 LOADER = "2"  # part of every fingerprint; raise it when loading or prompting changes what a model answers
 _BLOCK = 1 << 20
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError)  # what reading files of another make comes to
 
 
 class Weights:
@@ -97,43 +96,36 @@ class Weights:
             _check_files(folder)
         with ThreadPoolExecutor(1) as beside:
             identity = beside.submit(_identity, folder, verify)
-            go_offline()
             from agentctx.memory.kv.store import BlockStore  # torch comes with it
             from agentctx.runtime.engine import Engine
 
             dtype, device = _choose_device()
             chosen = method(attention)
             content = identity.result()  # before anything of the files is used
-            body, tokenizer = _read(folder, dtype, device, name, beside)
+            room = spare_bytes(device) if memory_bytes is None else memory_bytes
+            body, tokenizer, ends = _read(folder, dtype, device, name, beside)
         identified_by = f"{LOADER} {content} {dtype}"
         if _can_quantise(body, linears, measured, name):
             from agentctx.models.int4 import quantise
 
-            quantise(body, folder, source=content, manifest=verify, gguf=gguf, warn=warn)
-            identified_by += " int4"
+            made_of = quantise(body, folder, source=content, manifest=verify, gguf=gguf, warn=warn)
+            identified_by += f" int4 of {made_of}"
         fingerprint = hashlib.sha256(identified_by.encode()).hexdigest()
         store = BlockStore(kv, fingerprint[:16], budget=kv_bytes, name=name) if kv else None
-        room = (spare_bytes(device) if memory_bytes is None else memory_bytes) - body.weight_bytes
         engine = Engine(
             body,
             fingerprint=fingerprint,
-            memory_bytes=max(0, room),
+            memory_bytes=max(0, room - body.weight_bytes),
             method=chosen,
             store=store,
             kv_dtype=kv_dtype,
         )
-        return cls(engine, tokenizer, name, _end_tokens(folder, tokenizer), content=content)
-
-
-def go_offline() -> None:
-    """Keep the hub client off the network; it reads this once, when it is imported."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        return cls(engine, tokenizer, name, ends, content=content)
 
 
 def _read(
     folder: Path, dtype: torch.dtype, device: str, name: str, beside: Executor
-) -> tuple[Body, Tokenizer]:
+) -> tuple[Body, Tokenizer, frozenset[int]]:
     from safetensors import SafetensorError
 
     from agentctx.models.failures import memory_errors
@@ -142,18 +134,20 @@ def _read(
         with memory_errors(name):
             body = beside.submit(_read_body, folder, dtype, device)
             tokenizer = Tokenizer.load(folder)
-            return body.result(), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            return body.result(), tokenizer, _end_tokens(folder, tokenizer)
+    except (*_DAMAGE, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        hint = "check that the files are complete and that transformers supports the architecture"
+        if b'"quantization_config"' in (folder / "config.json").read_bytes():
+            hint = "quantised folders are not served: use the bf16 weights or a GGUF"
         raise ModelError(
-            f"the model {name} cannot be loaded from {folder}: {_first_line(error)}",
-            hint="check that the files are complete and that transformers supports the architecture",
+            f"the model {name} cannot be loaded from {folder}: {_first_line(error)}", hint=hint
         ) from error
 
 
 def _read_body(folder: Path, dtype: torch.dtype, device: str) -> Body:
     from agentctx.runtime import llama
 
-    config = json.loads((folder / "config.json").read_bytes())
+    config = json_object(folder / "config.json")
     if device == "cpu" and llama.supports(config):
         return llama.LlamaDecoder.load(folder, dtype)
     with _quiet_transformers():
@@ -197,7 +191,13 @@ def _check_files(folder: Path) -> None:
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            shards = sorted(set(json_object(index)["weight_map"].values()))
+        except _DAMAGE as error:
+            raise ModelError(
+                f"the list of shards {index} cannot be read: {_first_line(error)}",
+                hint="check that the files are complete",
+            ) from error
         if absent := [shard for shard in shards if not (folder / shard).is_file()]:
             raise ModelError(
                 f"{folder} lacks {len(absent)} of {len(shards)} shards, the first is {absent[0]}"
@@ -246,8 +246,7 @@ def _sample(path: Path, blocks: int = 16) -> bytes:
 
 
 def _end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    named = json_object(folder / "generation_config.json").get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
     return frozenset(int(token) for token in (*listed, tokenizer.end) if isinstance(token, int))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from agentctx.memory.errors import ConfigError
 from agentctx.models.failures import memory_errors
 from agentctx.models.stops import StopFilter
+from agentctx.models.tokenizer import Detokenizer
 from agentctx.models.weights import Weights
 from agentctx.reading.records import Bracket, Coverage, Delta, Finish, Reply, Usage
 from agentctx.reading.request import Request
@@ -24,8 +25,6 @@ class Speech:
 
     def __init__(self, weights: Weights, context: Context, request: Request, *, since: int = 0) -> None:
         """`since`: tokens that were computed for `context` before, and do not count."""
-        from tokenizers.decoders import DecodeStream
-
         self.weights = weights
         self.context = context
         self.request = request
@@ -34,7 +33,7 @@ class Speech:
         self.finish: Finish | None = None
         self.most = 0
         self._since = since
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = Detokenizer(weights.tokenizer)
         self._stops = StopFilter(request.stops)
         self._sent = 0  # tokens
         self._text: list[str] = []
@@ -66,8 +65,7 @@ class Speech:
         if token in self.weights.ends:
             self.finish = "stop"
             return None
-        backend = self.weights.tokenizer.backend
-        piece = self._stops.feed(self._decoder.step(backend, token) or "")
+        piece = self._stops.feed(self._decoder.step(token))
         if self._stops.stopped:
             self.finish = "stop"
         return self._delta(piece) if piece else None

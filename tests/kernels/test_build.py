@@ -98,7 +98,7 @@ def torch_serves(wanted):
 
 def test_without_a_compiler_torch_serves(cache, stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    torch_serves("no C++ compiler: install g++ or clang++, or set CXX")
+    torch_serves("no C++ compiler: install g++ 12 or newer, or clang++, or set CXX")
     assert not cache.exists()
 
 
@@ -111,6 +111,18 @@ def test_a_compiler_that_fails(cache, stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "cxx", 'echo "a.cpp:1: error: too old" >&2; exit 1'))
     torch_serves("cxx failed: a.cpp:1: error: too old")
     assert [path.name for path in cache.iterdir()] == ["flock"]
+
+
+@pytest.mark.parametrize(
+    "version", ["g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0", "g++ (GCC) 11.5.0 2024 (Red Hat 11.5.0-5)"]
+)
+def test_a_gcc_that_is_too_old_is_not_tried(cache, stand_in, monkeypatch, tmp_path, version):
+    said = f"{version} / Free Software Foundation, Inc."
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", f"touch {tmp_path / 'tried'}; exit 1", said))
+    torch_serves("cxx is GCC 11, too old: install g++ 12 or newer")
+    with pytest.raises(OSError, match="GCC 11, too old"):
+        build.built("plain")
+    assert not (tmp_path / "tried").exists()
 
 
 def test_a_compiler_that_does_not_know_its_version(cache, stand_in, monkeypatch, tmp_path):

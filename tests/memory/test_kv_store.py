@@ -300,6 +300,18 @@ def test_a_full_disk_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert some.get("ab1", torch.float32) is not None
 
 
+@pytest.mark.parametrize("damage", [bytes(32), b"", b"12\0\0", b"-5"])
+def test_a_count_that_cannot_be_read_is_made_again(root: Path, damage: bytes) -> None:
+    some = store(root)
+    some.put("ab1", *drawn())
+    lock = root / "lock"
+    for name, one in (("ab2", some), ("ab3", store(root))):  # that has counted, that has not
+        lock.write_bytes(damage)
+        one.put(name, *drawn())
+        assert int(lock.read_bytes()) == Shelf(root, budget=PLENTY).used_bytes > 0
+    assert len(files(root)) == 3
+
+
 def test_what_a_killed_process_left_is_swept(root: Path) -> None:
     store(root).put("ab1", *drawn())
     torn = root / "m" / "ab" / ".torn"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from agentctx.models.catalog import ensure
 from agentctx.models.table import SMOLLM2
-from agentctx.models.weights import go_offline
 from agentctx.paths import Paths
 from agentctx.runtime.body import Body
 from agentctx.runtime.engine import Engine
@@ -34,14 +33,12 @@ def _last(body: Body, ids: list[int]) -> Tensor:
 @pytest.mark.model
 @pytest.mark.slow
 def test_three_ways_through_one_model(embedded: Paths) -> None:
-    go_offline()
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = ensure(SMOLLM2, embedded)
-    ids = PreTrainedTokenizerFast.from_pretrained(folder)(README.read_text(encoding="utf-8")).input_ids[
-        :LENGTH
-    ]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer(README.read_text(encoding="utf-8")).input_ids[:LENGTH]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.inference_mode():
         stock = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
     body = HFBody(model)

@@ -172,3 +172,11 @@ def test_a_head_in_the_files_of_a_tied_model(same: bool, tmp_path: Path) -> None
     stock = LlamaForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         torch.testing.assert_close(decoder.logits(hidden), stock.lm_head(hidden))
+
+
+def test_weights_count_as_they_are_held_not_as_they_are_stored(tmp_path: Path) -> None:
+    model = tiny.tiny("Llama")
+    numbers = sum(weight.numel() for weight in model.parameters())
+    folder = _saved(model.to(torch.bfloat16), tmp_path)
+    assert LlamaDecoder.load(folder, torch.float32).weight_bytes == 4 * numbers
+    assert LlamaDecoder.load(folder, torch.bfloat16).weight_bytes == 2 * numbers

@@ -18,7 +18,8 @@ from gguf import GGUFWriter
 
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.models import catalog
-from agentctx.models.catalog import converted, ensure, fetch, installed, remove
+from agentctx.models.catalog import Installed, converted, ensure, fetch, installed, remove
+from agentctx.models.load import open_model
 from agentctx.models.manifest import Manifest
 from agentctx.models.table import TABLE, Entry, File
 from agentctx.models.weights import Weights
@@ -227,11 +228,47 @@ def test_killed_while_converting(entry: Entry, paths: Paths) -> None:
     assert Manifest.read(folder) is not None
 
 
-def test_a_gguf_of_the_user_is_converted_once(gguf: Path, paths: Paths) -> None:
-    folder = converted(gguf, paths, progress=quiet)
+def test_life_of_a_copy_of_a_gguf_of_the_user(gguf: Path, paths: Paths) -> None:
+    """Converted once, listed, made again when its manifest or a file of it is damaged, removed."""
     stages: list[str] = []
-    assert converted(gguf, paths, progress=lambda label, done, total: stages.append(label)) == folder
-    assert stages == []
+
+    def told(label: str, done: int, total: int | None) -> None:
+        stages.append(label)
+
+    folder = converted(gguf, paths, progress=told)
+    assert converted(gguf, paths, progress=told) == folder and len(stages) == 1
+    assert [(row.name, row.ready, row.folder) for row in copies(paths)] == [("tiny", True, str(folder))]
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"schema": 1', '"schema": 0'))
+    assert [(row.name, row.ready) for row in copies(paths)] == [(folder.name, False)]
+    assert converted(gguf, paths, progress=told) == folder and len(stages) == 2
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    damage_flip(folder / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        manifest.verify(folder)
+    assert f"models rm {folder.name}" in caught.value.hint
+    open_model(str(gguf), paths=paths, kv_bytes=0, progress=told)
+    assert len(stages) == 3
+    manifest.verify(folder)
+    assert remove("tiny", paths) > manifest.size
+    assert not folder.exists() and copies(paths) == []
+
+
+def copies(paths: Paths) -> list[Installed]:
+    return [row for row in installed(paths) if row.name not in TABLE]
+
+
+def test_half_a_copy_is_listed_and_removed(paths: Paths) -> None:
+    half = paths.models / "gguf-0123456789abcdef.part"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{")
+    (paths.models / "gguf-0123456789abcdef.lock").touch()
+    (row,) = copies(paths)
+    assert (row.name, row.ready, row.size) == ("gguf-0123456789abcdef", False, 1)
+    assert remove(row.name, paths) == 1 and copies(paths) == []
+    with pytest.raises(ConfigError, match="no model 'gguf-0123456789abcdef'"):
+        remove(row.name, paths)
 
 
 def test_a_gguf_that_is_none(tmp_path: Path, paths: Paths) -> None:

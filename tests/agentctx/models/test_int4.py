@@ -13,6 +13,7 @@ import torch
 
 from agentctx.memory.errors import ConfigError
 from agentctx.models.int4 import codes, quantise
+from agentctx.models.load import open_model
 from agentctx.models.manifest import Manifest
 from agentctx.models.table import SMOLLM2, Linears
 from agentctx.models.weights import Weights
@@ -93,6 +94,22 @@ def test_without_the_gguf_they_are_quantised_a_second_time_with_a_warning(folder
     assert len(warnings) == 1 and "second time" in warnings[0]
     assert (elsewhere / twins.FILE).is_file()
     assert body.head.twin is not None
+
+
+@pytest.mark.model
+def test_the_embedded_model_s_codes_are_those_of_its_file(folder: Path, tmp_path: Path) -> None:
+    """Without the file they are others: told each time, another model, and only until it is back."""
+    gguf, paths = folder.parent / SMOLLM2.gguf.basename, Paths(tmp_path, tmp_path, tmp_path, tmp_path)
+    paths.models.symlink_to(folder.parents[1])
+    gguf.rename(away := tmp_path / gguf.name)
+    without = [open_model("smollm2", paths=paths, offline=True, linears="int4", kv_bytes=0) for _ in range(2)]
+    assert [len(model.warnings) for model in without] == [1, 1]
+    assert all("second time" in model.warnings[0].message for model in without)
+    away.rename(gguf)
+    found = [open_model("smollm2", paths=paths, offline=True, linears="int4", kv_bytes=0) for _ in range(2)]
+    assert [model.warnings for model in found] == [(), ()]
+    first, other = ({model.profile.fingerprint for model in models} for models in (found, without))
+    assert len(first) == len(other) == 1 and first != other
 
 
 def test_a_folder_of_the_user_is_not_written_to(tiny_model: Path) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from langchain_core.messages import HumanMessage
 
 from agentctx.memory.errors import ConfigError, ModelError
+from agentctx.models import weights
 from agentctx.models.load import Model, open_model
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
+from agentctx.runtime.body import Body
 
 
 @pytest.fixture
@@ -28,6 +33,11 @@ def paths(tmp_path: Path) -> Paths:
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def change(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_a_folder(tiny_model: Path, paths: Paths) -> None:
@@ -136,6 +146,36 @@ def test_a_missing_shard(folder: Path, paths: Paths) -> None:
         open_model(str(folder), paths=paths)
 
 
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": "mod', "[]", "{}", '{"weight_map": ["a"]}'])
+def test_a_damaged_list_of_shards(folder: Path, paths: Paths, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
+        open_model(str(folder), paths=paths)
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [1', "[2]"])
+def test_a_damaged_generation_config(folder: Path, paths: Paths, text: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"cannot be loaded.*generation_config\.json"):
+        open_model(str(folder), paths=paths)
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": "two"}, {"rope_parameters": "default"}])
+def test_a_config_of_the_wrong_types(folder: Path, paths: Paths, fields: dict[str, str]) -> None:
+    change(folder, **fields)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_model(str(folder), paths=paths)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantised_folder_is_refused_with_a_way_out(folder: Path, paths: Paths, kind: str) -> None:
+    how = {"quant_method": kind, "bits": 4, "group_size": 32, "load_in_4bit": kind == "bitsandbytes"}
+    change(folder, quantization_config=how)
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        open_model(str(folder), paths=paths)
+    assert "bf16 weights or a GGUF" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-architecture"}'])
 def test_a_config_that_transformers_does_not_know(folder: Path, paths: Paths, text: str) -> None:
     (folder / "config.json").write_text(text)
@@ -144,10 +184,8 @@ def test_a_config_that_transformers_does_not_know(folder: Path, paths: Paths, te
 
 
 def test_code_beside_the_weights_is_not_run(folder: Path, paths: Paths, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["model_type"] = "evil"
-    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    (folder / "config.json").write_text(json.dumps(config))
+    named = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    change(folder, model_type="evil", auto_map=named)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ModelError):
         open_model(str(folder), paths=paths)
@@ -199,6 +237,55 @@ def test_loading_is_silent(tiny_model: Path, tmp_path: Path) -> None:
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_hub_client_stays_as_it_was_and_is_not_used(folder: Path, tmp_path: Path) -> None:
+    """A model that transformers loads, and a tokenizer: no connection, and none is forbidden afterwards."""
+    change(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "a"]))
+    (words / "config.json").write_text('{"model_type": "bert"}')
+    (words / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    code = textwrap.dedent(f"""
+        import os, socket
+        from pathlib import Path
+
+        tried = []
+
+        def refuse(*args, **options):
+            tried.append(args)
+            raise OSError("no network")
+
+        socket.getaddrinfo = socket.socket.connect = refuse
+        from agentctx.models.tokenizer import Tokenizer
+        from agentctx.models.weights import Weights
+
+        body = Weights.load(Path({str(folder)!r}), name="copy").engine.body
+        Tokenizer.load(Path({str(words)!r}))
+        from huggingface_hub import constants
+
+        print(type(body).__name__, tried, constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE" in os.environ)
+    """)
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout == "HFBody [] False False\n"
+
+
+def test_the_share_of_memory_is_of_what_was_free_before_the_weights(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, read = [1 << 30], weights._read_body
+
+    def reading(folder: Path, dtype: torch.dtype, device: str) -> Body:
+        body = read(folder, dtype, device)
+        free[0] -= body.weight_bytes
+        return body
+
+    monkeypatch.setattr(weights, "_read_body", reading)
+    monkeypatch.setattr(weights, "spare_bytes", lambda device: free[0] // 2)
+    engine = Weights.load(tiny_model, name="tiny").engine
+    assert engine.pool.budget == (1 << 29) - engine.body.weight_bytes
 
 
 @pytest.mark.model

@@ -211,6 +211,15 @@ async def test_the_event_loop_keeps_turning(tiny_model: Path) -> None:
     assert turns > 8
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_that_are_no_characters_do_not_end_an_answer(fallback_model: Path, seed: int) -> None:
+    reply = _chat(fallback_model).invoke("abc", max_tokens=80, temperature=2.0, seed=seed)
+    assert reply.response_metadata["finish_reason"] in ("length", "stop")
+    assert "\ufffd" in str(reply.content) and any(
+        f" {letter}" in str(reply.content) for letter in "abcdefghijk"
+    )
+
+
 def test_no_thread_is_left(tiny_chat: LocalChat) -> None:
     async def run() -> None:
         async for _ in tiny_chat.astream(QUESTION, max_tokens=50):

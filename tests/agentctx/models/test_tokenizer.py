@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from agentctx.memory.errors import ModelError
 from agentctx.models.jinja import compiled
 from agentctx.models.template import ChatTemplate
-from agentctx.models.tokenizer import Tokenizer
+from agentctx.models.tokenizer import Detokenizer, Tokenizer
 from agentctx.paths import Paths
 
 TEXTS = (
@@ -192,6 +192,41 @@ def test_a_damaged_file_is_an_error(byte_folder: Path, content: str) -> None:
     (byte_folder / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer.load(byte_folder)
+
+
+def spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return "".join(map(Detokenizer(tokenizer).step, ids))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(max_size=40))
+@example("é e\u0301 日本 😀a 😀😀")
+def test_text_comes_whole_token_by_token(fallback_model: Path, tiny_model: Path, text: str) -> None:
+    for folder in (fallback_model, tiny_model):
+        tokenizer = Tokenizer.load(folder)
+        ids = tokenizer.encode(text)
+        pieces = list(map(Detokenizer(tokenizer).step, ids))
+        whole = tokenizer.decode(ids)
+        assert whole.startswith("".join(pieces)) and "".join(pieces).rstrip("\ufffd") == whole.rstrip(
+            "\ufffd"
+        )
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.one_of(st.integers(3, 258), st.sampled_from([93, 154, 248])), max_size=60))
+@example([93, 154, 248])
+def test_bytes_that_are_no_characters_end_nothing(fallback_model: Path, ids: list[int]) -> None:
+    """Each letter comes in its turn, whatever bytes stand between."""
+    text = spelt(Tokenizer.load(fallback_model), [*ids, 248])
+    assert text.endswith("a")
+    left = iter(text)
+    assert all(chr(ord("a") + token - 248) in left for token in ids if token >= 248)
+
+
+def test_a_character_that_was_passed_on_stays_where_a_wrong_byte_follows(fallback_model: Path) -> None:
+    tokenizer = Tokenizer.load(fallback_model)
+    ids = [tokenizer.backend.token_to_id(token) for token in ("▁a", "<0x5A>", "<0x97>", "▁b", "▁c")]
+    assert spelt(tokenizer, ids) == "aZ\ufffd b c"
 
 
 # A template of the kind that large families use: macros, namespaces, dates, dictionaries, loop controls.
