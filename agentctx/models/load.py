@@ -155,7 +155,8 @@ def _open_folder(
             memory_bytes=how.memory_bytes,
             warn=said.append,
         )
-        weights.calibration = calibration_of(paths.calibration, weights.content, name)
+        weights.entry = entry
+        weights.calibration = calibration_of(paths.calibration, weights.content, entry.name if entry else "")
         context = how.window or weights.context
         if context > weights.engine.window:
             raise ConfigError(
