@@ -34,7 +34,7 @@ def ls(json: Json = False) -> None:
     lines = columns([("model", "id", "tokens", "MB", "last used"), *models])
     if documents:
         rows = [
-            (one.document or "(no document)", ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
+            ("(no document)" if one.document is None else one.document, ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
             for one in documents
         ]
         lines = [*lines, "", *columns([("document", "model", "MB", "last used"), *rows])]
@@ -63,7 +63,7 @@ def rm(
     if [bool(documents), bool(model), every].count(True) != 1:
         raise ConfigError("name documents, or pass --model or --all", hint="agentctx kv ls")
     shelf = Shelf(Paths.default().kv, budget=0)
-    known = {one.document or "" for one in owned(shelf)} if documents else set()
+    known: set[str | None] = {one.document for one in owned(shelf)} if documents else set()
     if model:
         known = {name for one in shelf.held() for name in (one.name, one.model)}
     if unknown := sorted({*(documents or ()), *(model or ())} - known):

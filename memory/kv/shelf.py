@@ -140,19 +140,18 @@ class Shelf:
         """
         held = self.held()
         wanted = {one.model for one in held} if models is None else set(models)
-        freed = 0
         try:
             with self._locked() as count:
+                before = self.used_bytes
                 for one in held:
                     if wanted & {one.model, one.name}:
                         shutil.rmtree(self.root / one.model)
-                        freed += one.bytes
                 count.set(self.used_bytes)
+                return before - count.bytes
         except OSError as error:
             raise StoreError(
                 f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
             ) from error
-        return freed
 
     def delete(self, paths: Iterable[Path]) -> int:
         """Delete these files; returns the bytes freed. Raises StoreError (unwritable)."""

@@ -334,8 +334,8 @@ def test_window_and_count(tiny_model: Path, subject: Engine) -> None:
         "assumed",
     )
     assert window.memory_tokens == 400 * 64
-    measured = Engine(subject.weights, reliable=300).window
-    assert (measured.reliable, measured.method) == (300, "measured")
+    told = Engine(subject.weights, reliable=300).window
+    assert (told.reliable, told.method) == (300, "configured")
     from langchain_core.messages import HumanMessage
 
     assert subject.count("Łódź") == 7
