@@ -46,7 +46,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report; `remedy` is empty when `ok`. `damaged`: a file that is made again without it."""
+    """One line of the report; `remedy` is empty when `ok`. `damaged`: a file of a cache, to be put aside."""
 
     name: str
     ok: bool

@@ -34,7 +34,7 @@ def ls(json: Json = False) -> None:
     lines = columns([("model", "id", "tokens", "MB", "last used"), *models])
     if documents:
         rows = [
-            ("(no document)" if one.document is None else one.document, ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
+            (_shown(one.document), ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
             for one in documents
         ]
         lines = [*lines, "", *columns([("document", "model", "MB", "last used"), *rows])]
@@ -70,6 +70,10 @@ def rm(
         raise InputError(f"nothing is kept for {unknown[0]!r}", code="not_found", hint="agentctx kv ls")
     freed = forget(shelf, documents) if documents else shelf.remove(None if every else model)
     show({"freed": freed}, [f"{freed / 1e6:.1f} MB freed"], "kv rm", as_json=json)
+
+
+def _shown(document: str | None) -> str:
+    return "(no document)" if document is None else document
 
 
 def _when(seconds: float) -> str:

@@ -86,7 +86,8 @@ def open_model(
     place_of(attention)  # a misspelt name is told before anything is fetched
     how = Loading(window, attention, exact, linears, kv_dtype, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
-        _refuse_local(name, {"attention": attention, "exact": exact, "linears": linears, "kv_dtype": kv_dtype})
+        local = {"attention": attention, "exact": exact, "linears": linears, "kv_dtype": kv_dtype}
+        _refuse_local(name, local)
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(

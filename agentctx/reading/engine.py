@@ -62,8 +62,9 @@ class Engine:
         archive: Blobs | None = None,
     ) -> None:
         """`secret`: what delimiters are made of, drawn if there is none; texts that are to be reopened by
-        another process need the same. `reliable`: tokens that the model reads well, if the caller knows better
-        than calibration and table. `archive`: where what a scope drops is kept, in memory if there is none.
+        another process need the same. `reliable`: tokens that the model reads well, if the caller knows
+        better than calibration and table. `archive`: where what a scope drops is kept, in memory if there is
+        none.
         """
         self.weights = weights
         self.runtime = weights.engine

@@ -92,8 +92,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens, prompt and answer together: `trained` by the model's makers, `configured` as the attention method
-    stretches them, `reliable` those that the model reads well, and those whose KV fits the memory.
+    """Tokens, prompt and answer together: `trained` by the model's makers, `configured` as the attention
+    method stretches them, `reliable` those that the model reads well, and those whose KV fits the memory.
 
     `method` tells where `reliable` is from: "configured" by the caller, "calibrated" on this model's files,
     the "table" of models, or "assumed" as nobody has measured it.

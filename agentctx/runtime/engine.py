@@ -176,7 +176,7 @@ class Engine:
     def name(
         self, ids: Sequence[int], documents: Collection[str], keep: Keep = True, *, first: int = 0
     ) -> None:
-        """Write down, for what is kept on disk of `ids`, which documents' text it is, from token `first` on."""
+        """Write down whose text it is what is kept on disk of `ids` from token `first` on."""
         if self.store is not None and documents:
             named = [block.name for block in self._named(ids, keep) if block.end > first]
             self.store.name(named, documents)

@@ -18,7 +18,7 @@ from agentctx.memory.kv.shelf import Shelf
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """What is kept of one document for all models, None: of none. Blocks of several count for each of them."""
+    """What is kept of one document for all models (None: of none). Blocks of several count for each."""
 
     document: str | None
     models: tuple[str, ...]  # names as in `Held`

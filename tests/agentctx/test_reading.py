@@ -336,6 +336,10 @@ def test_window_and_count(tiny_model: Path, subject: Engine) -> None:
     assert window.memory_tokens == 400 * 64
     told = Engine(subject.weights, reliable=300).window
     assert (told.reliable, told.method) == (300, "configured")
+    scaled = engine(tiny_model, attention="ropescale:factor=4").window
+    assert (scaled.trained, scaled.configured) == (2048, 8192)
+    stretched = engine(tiny_model, attention="selfextend").window
+    assert stretched.trained == 2048 < stretched.configured
     from langchain_core.messages import HumanMessage
 
     assert subject.count("Łódź") == 7

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
@@ -229,6 +230,7 @@ def test_the_embedded_tokenizer_is_the_one_transformers_would_choose(
     [("attention", "quest"), ("exact", True), ("linears", "int4"), ("kv_dtype", "int8")],
 )
 def test_an_endpoint_refuses_what_only_a_local_model_has(paths: Paths, option: str, value: str | bool) -> None:
+    given: Any = {option: value}
     with pytest.raises(ConfigError, match=f"{option} is {value!r}.*openai:x is an endpoint") as caught:
-        open_model("openai:x", base_url="http://127.0.0.1:9/v1", paths=paths, **{option: value})  # type: ignore[arg-type]
+        open_model("openai:x", base_url="http://127.0.0.1:9/v1", paths=paths, **given)
     assert caught.value.hint == f"leave {option} (--{option.replace('_', '-')}) out, or name a local model"
