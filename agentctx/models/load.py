@@ -86,8 +86,8 @@ def open_model(
     place_of(attention)  # a misspelt name is told before anything is fetched
     how = Loading(window, attention, exact, linears, kv_dtype, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
-        local = {"attention": attention, "exact": exact, "linears": linears, "kv_dtype": kv_dtype}
-        _refuse_local(name, local)
+        local: dict[str, str | bool] = {"attention": attention, "exact": exact}
+        _refuse_local(name, local | {"linears": linears, "kv_dtype": kv_dtype})
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(

@@ -179,7 +179,7 @@ class Engine:
         """Write down whose text it is what is kept on disk of `ids` from token `first` on."""
         if self.store is not None and documents:
             named = [block.name for block in self._named(ids, keep) if block.end > first]
-            self.store.name(named, documents)
+            self.store.own(named, documents)
 
     def step(self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = ()) -> Tensor:
         """One forward pass over `ids [B, T]`, row b after context b; returns hidden states `[B, T, H]`.

@@ -98,7 +98,7 @@ class BlockStore:
         """These blocks of one text, in its order, were used now."""
         self.shelf.touch([self._path(name) for name in names])
 
-    def name(self, names: Sequence[str], documents: Collection[str]) -> None:
+    def own(self, names: Sequence[str], documents: Collection[str]) -> None:
         """These blocks, those that are here, hold text of `documents`. Nothing is written if the disk does
         not take it.
         """

@@ -91,14 +91,14 @@ def documents(home):
     store = BlockStore(Paths.default().kv, "abc123", budget=1 << 30, name="smollm2")
     for name in ("aa1", "bb1", "cc1", "dd1"):
         store.put(name, *torch.randn(2, 2, 1, 64, 16))
-    store.name(["aa1"], ["a.txt"])
-    store.name(["bb1", "gone"], ["b\n.txt"])
-    store.name(["cc1"], ["a.txt", "b\n.txt"])
+    store.own(["aa1"], ["a.txt"])
+    store.own(["bb1", "gone"], ["b\n.txt"])
+    store.own(["cc1"], ["a.txt", "b\n.txt"])
     return store
 
 
 def test_what_is_kept_is_listed_by_document(documents, capsys):
-    documents.name(["aa1"], ["a.txt"])  # read again
+    documents.own(["aa1"], ["a.txt"])  # read again
     size = next(documents.folder.glob("*/*.kv")).stat().st_size
     assert run(["kv", "ls", "--json"]) == 0
     rows = said(capsys)["documents"]
@@ -132,7 +132,7 @@ def test_of_a_document_goes_all_that_was_read_of_it_also_together_with_others(do
 def test_a_document_is_named_again_after_it_was_deleted(documents):
     assert run(["kv", "rm", "a.txt"]) == 0
     documents.put("aa1", *torch.randn(2, 2, 1, 64, 16))
-    documents.name(["aa1"], ["a.txt"])
+    documents.own(["aa1"], ["a.txt"])
     assert {one.document for one in owned(documents.shelf)} == {"a.txt", "b\n.txt", None}
 
 

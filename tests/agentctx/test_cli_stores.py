@@ -180,7 +180,11 @@ def test_doctor_finds_what_is_wrong(home, tmp_path, monkeypatch, capsys):
 
 def test_doctor_puts_damaged_caches_aside_and_nothing_else(home, capsys):
     wrong = b"not a database, but long enough to look like one" * 30
-    damaged = [home / "cache" / "calls.db", home / "cache" / "index" / "m" / "index.db", home / "data" / "kept.db"]
+    damaged = [
+        home / "cache" / "calls.db",
+        home / "cache" / "index" / "m" / "index.db",
+        home / "data" / "kept.db",
+    ]
     for path in damaged:
         path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
         path.write_bytes(wrong)

@@ -207,8 +207,8 @@ class Budget(RuleBasedStateMachine):
         assert found is None or torch.equal(found[0], drawn(seed=number)[0])
 
     @rule(which=st.integers(0, 2), numbers=st.lists(st.integers(0, 20)), document=st.sampled_from("xy"))
-    def name(self, which: int, numbers: list[int], document: str) -> None:
-        self.stores[which].name([f"ab{number}" for number in numbers], [document])
+    def own(self, which: int, numbers: list[int], document: str) -> None:
+        self.stores[which].own([f"ab{number}" for number in numbers], [document])
         self.last = None
 
     @rule(which=st.integers(0, 2), at=st.integers(200, 2000))

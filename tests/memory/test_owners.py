@@ -38,12 +38,12 @@ def of(root: Path) -> dict[str | None, int]:
 
 def test_another_process_writes_nothing_anew(tmp_path: Path) -> None:
     put(store(tmp_path), "aa1", "aa2", "aa3")
-    store(tmp_path).name(["aa1", "aa2"], ["a.txt"])
+    store(tmp_path).own(["aa1", "aa2"], ["a.txt"])
     before = lists(tmp_path)
     for _ in range(3):
-        store(tmp_path).name(["aa1", "aa2"], ["a.txt"])
+        store(tmp_path).own(["aa1", "aa2"], ["a.txt"])
     assert lists(tmp_path) == before
-    store(tmp_path).name(["aa1", "aa2", "aa3"], ["a.txt"])
+    store(tmp_path).own(["aa1", "aa2", "aa3"], ["a.txt"])
     ((path, data),) = lists(tmp_path).items()
     assert data == before[path] + b"aa3\n"
 
@@ -51,8 +51,8 @@ def test_another_process_writes_nothing_anew(tmp_path: Path) -> None:
 def test_what_nobody_kept_is_not_named(tmp_path: Path) -> None:
     some = store(tmp_path)
     put(some, "aa1")
-    some.name(["zz1"], ["a.txt"])
-    some.name(["aa1"], [])
+    some.own(["zz1"], ["a.txt"])
+    some.own(["aa1"], [])
     assert not lists(tmp_path) and of(tmp_path) == {None: 1}
 
 
@@ -60,8 +60,8 @@ def test_names_count_and_leave_with_their_blocks(tmp_path: Path) -> None:
     size = put(store(tmp_path / "probe"), "aa0")
     some = store(tmp_path / "kv", budget=5 * size)
     put(some, "aa1", "aa2", "bb1", "bb2")
-    some.name(["aa1", "aa2"], ["a.txt"])
-    some.name(["bb1", "bb2"], ["b.txt"])
+    some.own(["aa1", "aa2"], ["a.txt"])
+    some.own(["bb1", "bb2"], ["b.txt"])
     files = [path for path in (tmp_path / "kv").rglob("*") if path.suffix in (".kv", ".names")]
     assert some.shelf.used_bytes == sum(path.stat().st_size for path in files) > 4 * size
     some.used(["bb1", "bb2"])
@@ -79,20 +79,20 @@ def test_names_count_and_leave_with_their_blocks(tmp_path: Path) -> None:
 def test_a_block_that_came_back_is_named_again(tmp_path: Path) -> None:
     some, other = store(tmp_path), store(tmp_path)
     put(some, "aa1", "aa2")
-    some.name(["aa1", "aa2"], ["a.txt"])
+    some.own(["aa1", "aa2"], ["a.txt"])
     forget(other.shelf, ["a.txt"])
     assert not other.shelf.blocks() and not lists(tmp_path)
     put(some, "aa1")
-    some.name(["aa1", "aa2"], ["a.txt"])
+    some.own(["aa1", "aa2"], ["a.txt"])
     assert of(tmp_path) == {"a.txt": 1}
 
 
 def test_what_was_read_together_goes_with_each_and_what_only_stood_before_stays(tmp_path: Path) -> None:
     some = store(tmp_path)
     put(some, "aa1", "ab1", "ab2", "bb1", "cc1")
-    some.name(["aa1"], ["a.txt"])
-    some.name(["ab1", "ab2"], ["b.txt", "a.txt", "b.txt"])
-    some.name(["bb1", "ab1"], ["b.txt"])
+    some.own(["aa1"], ["a.txt"])
+    some.own(["ab1", "ab2"], ["b.txt", "a.txt", "b.txt"])
+    some.own(["bb1", "ab1"], ["b.txt"])
     assert of(tmp_path) == {"a.txt": 3, "b.txt": 3, None: 1}
     before = some.shelf.used_bytes
     freed = forget(some.shelf, ["a.txt"])
@@ -106,14 +106,14 @@ def test_sources_of_any_name_are_told_apart(tmp_path: Path) -> None:
     blocks = [f"aa{number}" for number in range(len(odd))]
     put(some, *blocks)
     for block, document in zip(blocks, odd, strict=True):
-        some.name([block], [document])
+        some.own([block], [document])
     assert of(tmp_path) == dict.fromkeys(odd, 1)
 
 
 @pytest.mark.parametrize("budget", [1, 200])
 def test_names_that_do_not_fit_are_no_error(tmp_path: Path, budget: int) -> None:
     put(store(tmp_path), "aa1")
-    store(tmp_path, budget=budget).name(["aa1"], ["a.txt" * 100])
+    store(tmp_path, budget=budget).own(["aa1"], ["a.txt" * 100])
     assert not lists(tmp_path) and of(tmp_path) == {None: 1}
 
 
@@ -121,7 +121,7 @@ def test_models_are_removed_with_their_lists(tmp_path: Path) -> None:
     for model in ("m", "n"):
         some = store(tmp_path, model=model)
         put(some, "aa1")
-        some.name(["aa1"], ["a.txt"])
+        some.own(["aa1"], ["a.txt"])
     (one,) = owned(some.shelf)
     assert (one.blocks, one.models) == (2, ("m", "n"))
     before = some.shelf.used_bytes

