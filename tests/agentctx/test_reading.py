@@ -352,7 +352,7 @@ def test_window_and_count(tiny_model: Path, subject: Engine) -> None:
     assert (told.reliable, told.method) == (300, "configured")
     scaled = engine(tiny_model, attention="ropescale:factor=4").window
     assert (scaled.trained, scaled.configured) == (2048, 8192)
-    stretched = engine(tiny_model, attention="selfextend").window
+    stretched = engine(tiny_model, attention="selfextend:window=256").window
     assert stretched.trained == 2048 < stretched.configured
     assert subject.count("Łódź") == 7
     assert subject.count([HumanMessage("Łódź")]) == len("user\n\nassistant\n") + 7 + 3

@@ -71,6 +71,6 @@ def test_token_ids_and_what_is_not_kept_are_of_no_document(tiny_model: Path, tmp
     with subject.read(Document.of(TEXT, "a.txt"), keep=False) as reading:
         ids = reading.tokens()
     assert kept(tmp_path) == {}
-    with subject.read(ids):
+    with engine(tiny_model, kv=tmp_path).read(ids):
         pass
     assert kept(tmp_path) == {None: -(-len(ids) // 64)}

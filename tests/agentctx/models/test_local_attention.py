@@ -135,9 +135,9 @@ async def test_what_is_kept_is_listed_under_its_documents(tiny_model: Path, tmp_
 
 @pytest.mark.parametrize("method", ["likelihood", "attention"])
 async def test_spans_of_a_text_are_kept_under_its_documents(
-    tiny_model: Path, tmp_path: Path, method: SpanMethod
+    deep_model: Path, tmp_path: Path, method: SpanMethod
 ) -> None:
-    weights = Weights.load(tiny_model, name="tiny", kv=tmp_path)
+    weights = Weights.load(deep_model, name="deep", kv=tmp_path)
     assert weights.engine.store is not None
     texts = ["The light is kept by Tobias Renn, who is never away from the island. " * 2, "Geese return."]
     reader = LikelihoodReader(weights.engine, weights.tokenizer)
