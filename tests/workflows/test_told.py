@@ -19,7 +19,6 @@ from agentctx.workflows.ports import SOURCES, Scores
 from agentctx.workflows.profile import ModelProfile
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Task
-from agentctx.workflows.strategies.agents import Agents
 from agentctx.workflows.strategies.continuation import Continuation
 from agentctx.workflows.strategies.experience import Experience
 from agentctx.workflows.strategies.fold import Fold
@@ -124,8 +123,7 @@ LONG = {
         Rank(mode="window", by="passage", passage_tokens=64, top=2),
         Experience(context_tokens=1200, result_tokens=300, steps=4),
         Continuation(context_tokens=1200, result_tokens=300, steps=4),
-        Fold(),
-        Agents(),
+        Fold(early=False),
     ],
     ids=lambda strategy: strategy.name,
 )
