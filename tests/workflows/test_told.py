@@ -21,7 +21,6 @@ from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import Task
 from agentctx.workflows.strategies.continuation import Continuation
 from agentctx.workflows.strategies.experience import Experience
-from agentctx.workflows.strategies.fold import Fold
 from agentctx.workflows.strategies.rank import Rank
 
 TEXTS = {
@@ -123,7 +122,6 @@ LONG = {
         Rank(mode="window", by="passage", passage_tokens=64, top=2),
         Experience(context_tokens=1200, result_tokens=300, steps=4),
         Continuation(context_tokens=1200, result_tokens=300, steps=4),
-        Fold(early=False),
     ],
     ids=lambda strategy: strategy.name,
 )
