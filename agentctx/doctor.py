@@ -1,7 +1,7 @@
 """What agentctx needs of a machine, checked one by one; a check is data, so that any surface can show it.
 
-Nothing is changed and nothing leaves the machine, except one request to the endpoint in use if `endpoints` is
-asked for.
+Checking changes nothing and nothing leaves the machine, except one request to the endpoint in use if
+`endpoints` is asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import shlex
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -45,12 +46,13 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report; `remedy` is empty when `ok`."""
+    """One line of the report; `remedy` is empty when `ok`. `damaged`: a file of a cache, to be put aside."""
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
+    damaged: str = ""
 
 
 def examine(paths: Paths, *, endpoints: bool = False) -> list[Check]:
@@ -61,6 +63,18 @@ def examine(paths: Paths, *, endpoints: bool = False) -> list[Check]:
     if endpoints:
         checks.append(_endpoint())
     return checks
+
+
+def fix(checks: Iterable[Check]) -> list[str]:
+    """Take damaged caches out of the way, so that they are made again; returns where they are now."""
+    moved = []
+    for path in (check.damaged for check in checks if check.damaged):
+        aside = f"{path}.corrupt-{time.time_ns()}"
+        for part in ("-wal", "-shm", ""):  # first what SQLite would add to a new file of that name
+            with suppress(FileNotFoundError):
+                os.replace(path + part, aside + part)
+        moved.append(aside)
+    return moved
 
 
 def _python() -> Check:
@@ -167,14 +181,21 @@ def _databases(paths: Paths) -> Iterator[Check]:
     for path in sorted(
         path for root in (paths.cache, paths.data, paths.state) for path in root.rglob("*.db")
     ):
-        again = path.is_relative_to(paths.cache)
-        remedy = f"delete {path}: it is a cache" if again else f"keep a copy of {path} and remove the run"
+        title, broken = f"database {path.name}", True
         try:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
                 said = database.execute("pragma quick_check(1)").fetchone()[0]
-        except sqlite3.Error as error:
-            said = str(error)
-        yield Check(f"database {path.name}", said == "ok", f"{path}: {said}", "" if said == "ok" else remedy)
+        except sqlite3.Error as error:  # an OperationalError says nothing of the file: it may be locked
+            said, broken = str(error), not isinstance(error, sqlite3.OperationalError)
+        detail = f"{path}: {said}"
+        if said == "ok":
+            yield Check(title, True, detail)
+        elif path.is_relative_to(paths.cache):
+            again = ", then `agentctx index` what it held" if path.is_relative_to(paths.index) else ""
+            remedy = f"it is a cache: `agentctx doctor --fix`{again}" if broken else "look who uses it"
+            yield Check(title, False, detail, remedy, str(path) if broken else "")
+        else:
+            yield Check(title, False, detail, f"keep a copy of {path} and remove the run")
 
 
 def _models(paths: Paths) -> Iterator[Check]:

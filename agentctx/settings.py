@@ -29,6 +29,7 @@ from agentctx.paths import KV_BYTES, Paths
 
 PREFIX = "AGENTCTX_"
 SECRETS = ("api_key", "checkpoints")
+LOCAL = ("attention", "exact", "linears", "kv_dtype")  # without effect at an endpoint
 NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -92,6 +93,15 @@ class Settings(BaseSettings):
     def origin(self, name: str) -> str:
         """Where the value of a setting came from."""
         return self._origins.get(name, "default")
+
+    def local(self) -> dict[str, Any]:
+        """How a local model is opened. An endpoint is asked for what a flag says, and refuses it; what stands
+        in a file or the environment is for the local models of other commands.
+        """
+        from agentctx.models.load import ENDPOINT
+
+        remote = self.model.startswith(ENDPOINT)
+        return {name: getattr(self, name) for name in LOCAL if not remote or self.origin(name)[:2] == "--"}
 
     def export_key(self) -> None:
         """Put secrets from a file where they are looked for, so that no argument carries them."""

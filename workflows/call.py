@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -111,9 +111,7 @@ async def _attempts(
     stream: bool,
 ) -> Record | Failure:
     messages = role.render(question, pieces, run.scope.tag)
-    messages[-1].additional_kwargs[SOURCES] = sorted(
-        {label for label, _ in pieces}.intersection(run.scope.labels())
-    )
+    messages[-1].additional_kwargs[SOURCES] = sorted(_sources(run, pieces))
     tokens = run.scope.prompt_tokens(messages)
     context = run.scope.profile.context
     terms = _terms.get()
@@ -148,6 +146,13 @@ async def _attempts(
             HumanMessage(f"{problem[:300]} Reply again with the JSON object only."),
         ]
         tokens = run.scope.prompt_tokens(messages)
+
+
+def _sources(run: RunContext, pieces: Pieces) -> Set[str]:
+    """The documents whose text the pieces hold: notes and what tools gave may quote any of the run's."""
+    every = run.scope.keep("sources", lambda: frozenset(run.scope.labels()))
+    labels = {label for label, _ in pieces}
+    return labels if labels <= every else every
 
 
 def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:

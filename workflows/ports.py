@@ -103,9 +103,14 @@ class SpanReader(Reader, Protocol):
     """A Reader that also knows where in a text to look."""
 
     async def score_spans(
-        self, question: str, texts: Sequence[str], *, method: SpanMethod = "attention"
+        self,
+        question: str,
+        texts: Sequence[str],
+        sources: Sequence[Sequence[str]] = (),
+        *,
+        method: SpanMethod = "attention",
     ) -> SentenceScores:
-        """How relevant each sentence of each text is.
+        """How relevant each sentence of each text is; `sources` as in `likelihood`.
 
         "attention": what the question's rows attend to in the text, "focal": what the row after the beginning
         of an answer does; both are comparable within a text only. "likelihood" and "entropy" read each

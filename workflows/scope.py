@@ -64,12 +64,14 @@ class Scope:
         return self.documents[span.document_id].source
 
     def holders(self, text: str) -> list[str]:
-        """The sources of the documents that hold `text`, or else its last line: it may have got a heading."""
+        """The sources of the documents that hold `text`, or else its last line, or what follows a heading in
+        it; of all documents if it is in none as it is.
+        """
         line = text.rpartition("\n")[2]
-        for piece in (text, line) if line else (text,):
-            if found := [one.source for one in self.documents.values() if piece in one.text]:
+        for piece in (text, line, line.partition(": ")[2]):
+            if found := [one.source for one in self.documents.values() if piece and piece in one.text]:
                 return found
-        return []
+        return self.labels()
 
     def labels(self) -> list[str]:
         return [document.source for document in self.documents.values()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +78,11 @@ class Subject:
         """Hold a text; what is asked next is asked by the method."""
         context = self.engine.read(ids)
         if self.shared:
-            context = self.method.reduce(context, len(ids))
+            try:
+                context = self.method.reduce(context, len(ids))
+            except BaseException:
+                context.close()
+                raise
             context.state.method = self.method
         return context
 
@@ -94,22 +99,19 @@ class Subject:
         """Measured under dense attention, this is what the others are compared with."""
         read, asked = _parts(text)
         began = time.process_time()
-        context = self.read(read)
-        taken = time.process_time() - began
-        hidden = self.ask(context, asked)
-        context.close()
-        return Expected(hidden, taken)
+        with closing(self.read(read)) as context:
+            taken = time.process_time() - began
+            return Expected(self.ask(context, asked), taken)
 
     def agreement(self, text: Text, expected: Expected) -> Agreement:
         """Teacher forcing over the last quarter of a text."""
         read, asked = _parts(text)
         began = time.process_time()
-        context = self.read(read)
-        taken = time.process_time() - began
-        began = time.process_time()
-        hidden = self.ask(context, asked)
-        asking = time.process_time() - began
-        context.close()
+        with closing(self.read(read)) as context:
+            taken = time.process_time() - began
+            began = time.process_time()
+            hidden = self.ask(context, asked)
+            asking = time.process_time() - began
         sums = torch.zeros(4, dtype=torch.float64)
         targets = torch.tensor(asked[1:])
         for start in range(0, len(targets), ROWS):
@@ -131,12 +133,12 @@ class Subject:
         """Bounds of the attention left out at a text's end, means over rows; None without a guard."""
         if not hasattr(self.method, "guard"):
             return None
-        context = self.read(text.ids[:-GUARDED])
         join = "," if ":" in self.attention else ":"
-        context.state.method = method(f"{self.attention}{join}guard=report")
-        self.ask(context, text.ids[-GUARDED:])
-        seen = context.state.notes[0].coverage
-        context.close()
+        guarded = method(f"{self.attention}{join}guard=report")
+        with closing(self.read(text.ids[:-GUARDED])) as context:
+            context.state.method = guarded
+            self.ask(context, text.ids[-GUARDED:])
+            seen = context.state.notes[0].coverage
         rows = max(1, seen.rows)
         return {"low": seen.low / rows, "high": seen.high / rows, "worst": seen.worst}
 
@@ -144,18 +146,17 @@ class Subject:
         """Greedy, to the last answer at most: more words change no score."""
         ids: list[int] = self.tokenizer.encode(item.prompt, special=True)
         read = max(0, len(ids) - ASKED) // self.engine.method.grid * self.engine.method.grid
-        context = self.read(ids[:read])
-        hidden = self.ask(context, ids[read:])[-1]
         said: list[int] = []
         most = max(REPLY, 2 * sum(len(answer) for answer in item.answers))
-        while len(said) < most:
-            token = int(self.engine.logits(hidden).argmax())
-            said.append(token)
-            words = self.tokenizer.decode(said, special=True)
-            if token in self.ends or item.score(words) == 1.0:
-                break
-            hidden = self.ask(context, [token])[-1]
-        context.close()
+        with closing(self.read(ids[:read])) as context:
+            hidden = self.ask(context, ids[read:])[-1]
+            while len(said) < most:
+                token = int(self.engine.logits(hidden).argmax())
+                said.append(token)
+                words = self.tokenizer.decode(said, special=True)
+                if token in self.ends or item.score(words) == 1.0:
+                    break
+                hidden = self.ask(context, [token])[-1]
         return self.tokenizer.decode(said, special=True)
 
     def _compared(self, hidden: Tensor, dense: Tensor, targets: Tensor) -> Tensor:

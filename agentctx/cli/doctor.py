@@ -14,18 +14,25 @@ from agentctx.paths import Paths
 
 def doctor(
     endpoints: Annotated[bool, typer.Option("--endpoints", help="Also call the endpoint in use.")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Put damaged caches aside; they are made again when needed.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check versions, folders, stores, models and environment; exit 1 if something is wrong."""
-    from agentctx.doctor import examine
+    from agentctx import doctor as clinic
 
     with claim_stdout():  # libraries that are asked for their version may print
-        checks = examine(Paths.default(), endpoints=endpoints)
-    lines = []
+        checks = clinic.examine(Paths.default(), endpoints=endpoints)
+        fixed = clinic.fix(checks) if fix else []
+        if fixed:
+            checks = clinic.examine(Paths.default(), endpoints=endpoints)
+    lines = [f"put aside: {path}" for path in fixed]
     for check in checks:
         lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}")
         if not check.ok:
             lines.append(f"      {check.remedy}")
     ok = all(check.ok for check in checks)
-    show({"ok": ok, "checks": [asdict(check) for check in checks]}, lines, "doctor", as_json=json)
+    found = {"ok": ok, "fixed": fixed, "checks": [asdict(check) for check in checks]}
+    show(found, lines, "doctor", as_json=json)
     raise typer.Exit(0 if ok else 1)

@@ -18,7 +18,10 @@ app = typer.Typer(help="What local models have read, kept so that it is not read
 
 @app.command("ls")
 def ls(json: Json = False) -> None:
-    """List what is kept, by model and by document."""
+    """List what is kept, by model and by document.
+
+    Of no document is what prompts have before the first text, and what `agentctx index ls` lists alone.
+    """
     from agentctx.cli.render import columns
     from agentctx.memory.kv.owners import owned
     from agentctx.memory.kv.shelf import Shelf
@@ -31,7 +34,7 @@ def ls(json: Json = False) -> None:
     lines = columns([("model", "id", "tokens", "MB", "last used"), *models])
     if documents:
         rows = [
-            (one.document, ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
+            (_shown(one.document), ", ".join(one.models), f"{one.bytes / 1e6:.1f}", _when(one.used))
             for one in documents
         ]
         lines = [*lines, "", *columns([("document", "model", "MB", "last used"), *rows])]
@@ -52,7 +55,7 @@ def rm(
 ) -> None:
     """Delete what is kept; it is read again when it is needed.
 
-    Of a document goes what no other document shares with it.
+    Of a document goes all that was read of it, alone or together with others.
     """
     from agentctx.memory.kv.owners import forget, owned
     from agentctx.memory.kv.shelf import Shelf
@@ -60,13 +63,17 @@ def rm(
     if [bool(documents), bool(model), every].count(True) != 1:
         raise ConfigError("name documents, or pass --model or --all", hint="agentctx kv ls")
     shelf = Shelf(Paths.default().kv, budget=0)
-    known = {one.document for one in owned(shelf)} if documents else set()
+    known: set[str | None] = {one.document for one in owned(shelf)} if documents else set()
     if model:
         known = {name for one in shelf.held() for name in (one.name, one.model)}
     if unknown := sorted({*(documents or ()), *(model or ())} - known):
         raise InputError(f"nothing is kept for {unknown[0]!r}", code="not_found", hint="agentctx kv ls")
     freed = forget(shelf, documents) if documents else shelf.remove(None if every else model)
     show({"freed": freed}, [f"{freed / 1e6:.1f} MB freed"], "kv rm", as_json=json)
+
+
+def _shown(document: str | None) -> str:
+    return "(no document)" if document is None else document
 
 
 def _when(seconds: float) -> str:

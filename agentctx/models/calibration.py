@@ -67,8 +67,8 @@ def calibration_file(folder: Path, content: str) -> Path:
 
 
 def calibration_of(folder: Path, content: str, name: str) -> Calibration | None:
-    """What is known of a model: the user's, else what ships. None if it was never calibrated, or by another
-    version. StoreError (corrupt) for a file that is not one.
+    """What is known of a model: the user's, else what ships for this `name` in the table. None if it was
+    never calibrated, or by another version. StoreError (corrupt) for a file that is not one.
     """
     own = calibration_file(folder, content)
     if own.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,9 +86,8 @@ def open_model(
     place_of(attention)  # a misspelt name is told before anything is fetched
     how = Loading(window, attention, exact, linears, kv_dtype, kv_bytes, memory_bytes)
     if name.startswith(ENDPOINT):
-        if attention != "auto" or exact:
-            what = "exact" if exact else repr(attention)
-            raise ConfigError(f"the attention of an endpoint cannot be chosen: {what}")
+        local: dict[str, str | bool] = {"attention": attention, "exact": exact}
+        _refuse_local(name, local | {"linears": linears, "kv_dtype": kv_dtype})
         from agentctx.models.endpoint import open_endpoint
 
         return open_endpoint(
@@ -106,6 +105,17 @@ def open_model(
     if place.is_dir():
         return _open_folder(place, name, paths, how)
     return _open_gguf(place, paths, how, progress=report)
+
+
+def _refuse_local(name: str, options: Mapping[str, str | bool]) -> None:
+    """What an endpoint does inside is its own: a choice that could have no effect is a mistake."""
+    for option, value in options.items():
+        if value not in ("auto", False):
+            flag = option.replace("_", "-")
+            raise ConfigError(
+                f"{option} is {value!r}, which a local model alone can have: {name} is an endpoint",
+                hint=f"leave {option} (--{flag}) out, or name a local model",
+            )
 
 
 def _open_fetched(entry: Entry, paths: Paths, how: Loading, *, offline: bool, progress: Progress) -> Model:
@@ -164,7 +174,8 @@ def _open_folder(
             memory_bytes=how.memory_bytes,
             warn=said.append,
         )
-        weights.calibration = calibration_of(paths.calibration, weights.content, name)
+        weights.entry = entry
+        weights.calibration = calibration_of(paths.calibration, weights.content, entry.name if entry else "")
         context = how.window or weights.context
         if context > weights.engine.window:
             raise ConfigError(

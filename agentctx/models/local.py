@@ -36,6 +36,7 @@ _PER_CALL = frozenset({"temperature", "top_p", "max_tokens", "seed", "prefill", 
 class _Request:
     prompt: list[int]
     sources: tuple[str, ...]  # documents whose text it holds
+    first: int  # the first token that such a text may have
     prefill: str
     most: int
     sampling: Sampling
@@ -156,8 +157,15 @@ class LocalChat(BaseChatModel):
         sampling = Sampling(chosen["temperature"], chosen["top_p"], chosen["seed"])
         drafting = self._drafting(sampling) if chosen["exact"] else None
         sources = tuple(name for message in messages for name in message.additional_kwargs.get(SOURCES, ()))
+        first = self._beginning(messages, prompt) if sources else 0
         stops = tuple(stop or self.stop or ())
-        return _Request(prompt, sources, chosen["prefill"], most, sampling, stops, drafting)
+        return _Request(prompt, sources, first, chosen["prefill"], most, sampling, stops, drafting)
+
+    def _beginning(self, messages: list[BaseMessage], prompt: list[int]) -> int:
+        """Tokens before the content of the first message that names documents."""
+        at = next(at for at, message in enumerate(messages) if message.additional_kwargs.get(SOURCES))
+        empty = self._template.encode([*messages[:at], messages[at].model_copy(update={"content": ""})])
+        return next((n for n, pair in enumerate(zip(prompt, empty, strict=False)) if pair[0] != pair[1]), 0)
 
     @property
     def _room(self) -> int:
@@ -191,8 +199,9 @@ class LocalChat(BaseChatModel):
             context, hidden = self._begin(request.prompt, cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error
+        finally:  # what was read until then is kept
+            self.weights.engine.name(request.prompt, request.sources, first=request.first)
         try:
-            self.weights.engine.name(request.prompt, request.sources)
             yield from self._answer(request, context, hidden, cancelled)
         except (MemoryError, RuntimeError) as error:
             raise self._explained(error) from error

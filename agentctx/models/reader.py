@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -86,17 +86,23 @@ class LikelihoodReader:
         return await _aside(partial(self.scores, question, texts, sources))
 
     async def score_spans(
-        self, question: str, texts: Sequence[str], *, method: SpanMethod = "attention"
+        self,
+        question: str,
+        texts: Sequence[str],
+        sources: Sequence[Sequence[str]] = (),
+        *,
+        method: SpanMethod = "attention",
     ) -> SentenceScores:
         """See `SpanReader`. A model that was not calibrated looks through all heads of its middle layers, and
         says so in `warnings`. Raises what `likelihood` does; ModelError (unsupported) for attention of a
         model whose layers all have windows.
         """
         if method in ("attention", "focal"):
-            return await _aside(partial(self._attention, question, texts, method == "focal"))
+            return await _aside(partial(self._attention, question, texts, sources, method == "focal"))
         cut = [sentences(text) for text in texts]
         pieces = [text[a:b] for text, spans in zip(texts, cut, strict=True) for a, b in spans]
-        found = await _aside(partial(self.scores, question, pieces, (), entropy=method == "entropy"))
+        named = [documents for documents, spans in zip(sources, cut, strict=False) for _ in spans]
+        found = await _aside(partial(self.scores, question, pieces, named, entropy=method == "entropy"))
         each = iter(found.values)
         values = tuple(tuple(islice(each, len(spans))) for spans in cut)
         return SentenceScores(values, found.computed_tokens, found.reused_tokens, found.warnings)
@@ -127,18 +133,23 @@ class LikelihoodReader:
         contexts = self._contexts(texts)
         values: dict[str, float] = {}
         tally = _Tally()
-        for batch, held in self._held(contexts, len(asked), tally, abandoned):
+        fed = len(asked) + entropy  # a likelihood needs no row behind its last token
+        for batch, held in self._held(contexts, fed, tally, abandoned, _owners(texts, sources)):
             last = [[contexts[text][-1], *asked] for text in batch]
             found = self._entropies(held, last) if entropy else self._ask(held, last)
             values.update(zip(batch, found, strict=True))
-            tally.computed += len(asked) * len(batch)
-        for text, documents in zip(texts, sources, strict=False):
-            self._engine.name(contexts[text][:-1], documents, self._keep)
+            tally.computed += fed * len(batch)
         every = tuple(values[text] for text in texts if text in values)  # all, unless abandoned
         return Scores(every, tally.computed, tally.reused, tuple(tally.warnings))
 
     def _attention(
-        self, question: str, texts: Sequence[str], focal: bool, *, abandoned: threading.Event | None = None
+        self,
+        question: str,
+        texts: Sequence[str],
+        sources: Sequence[Sequence[str]],
+        focal: bool,
+        *,
+        abandoned: threading.Event | None = None,
     ) -> SentenceScores:
         asked = self._question(question)
         rows, hint = (1, self._tokenizer.encode(_HINT)) if focal else (len(asked), [])
@@ -148,7 +159,8 @@ class LikelihoodReader:
         picked = self._calibration.heads if self._calibration else None
         if picked is None:
             tally.warnings.append(UNCALIBRATED)
-        for batch, held in self._held(contexts, len(asked) + len(hint), tally, abandoned):
+        fed = 1 + len(asked) + len(hint)
+        for batch, held in self._held(contexts, fed, tally, abandoned, _owners(texts, sources)):
             heads = heads_of(self._engine, picked)
             # They end alike, so that the last token of what was read is the same row for all.
             last, opening = contexts[batch[0]][-1], len(self._before)
@@ -156,7 +168,7 @@ class LikelihoodReader:
             mass = mass - attended(held, [last, *hint], rows=1, heads=heads)
             for text, row in zip(batch, mass, strict=True):
                 values[text] = self._sentences(text, row, opening)
-            tally.computed += (len(asked) + 2 * len(hint) + 1) * len(batch)
+            tally.computed += (fed + 1 + len(hint)) * len(batch)
         found = tuple(values[text] for text in texts if text in values)
         return SentenceScores(found, tally.computed, tally.reused, tuple(tally.warnings))
 
@@ -170,24 +182,30 @@ class LikelihoodReader:
     def _held(
         self,
         contexts: dict[str, list[int]],
-        asked: int,
+        fed: int,
         tally: _Tally,
         abandoned: threading.Event | None,
+        owners: Mapping[str, Collection[str]],
     ) -> Iterator[tuple[list[str], list[Context]]]:
-        """Texts in batches, each with what was read of it, up to its last token."""
+        """Texts in batches, each with what was read of it, up to its last token; `fed` come after that."""
         window = self._engine.window
         for text, ids in contexts.items():
-            if len(ids) - 1 + asked > window:
+            if len(ids) - 1 + fed > window:
                 raise ModelError(
-                    f"a text of {len(ids)} tokens and a question of {asked} exceed the model's window "
+                    f"a text of {len(ids) - 1} tokens and a question of {fed} exceed the model's window "
                     f"of {window}: {text[:60]!r}…",
                     code="overflow",
                     hint="split the text into shorter passages",
                 )
-        for batch in _batches(contexts, asked):
-            held = self._engine.read_all(
-                [contexts[text][:-1] for text in batch], keep=self._keep, cancelled=abandoned
-            )
+        for batch in _batches(contexts, fed):
+            try:
+                held = self._engine.read_all(
+                    [contexts[text][:-1] for text in batch], keep=self._keep, cancelled=abandoned
+                )
+            finally:  # what was read until then is kept
+                for text in batch:
+                    ids, named = contexts[text][:-1], owners.get(text, ())
+                    self._engine.name(ids, named, self._keep, first=len(self._before))
             try:
                 if abandoned is not None and abandoned.is_set():
                     return
@@ -252,6 +270,14 @@ async def _aside(work: Callable[..., Found]) -> Found:
     except asyncio.CancelledError:
         abandoned.set()  # the thread ends after the batch in hand
         raise
+
+
+def _owners(texts: Sequence[str], sources: Sequence[Sequence[str]]) -> dict[str, set[str]]:
+    """The documents that hold each text."""
+    found: dict[str, set[str]] = {}
+    for text, documents in zip(texts, sources, strict=False):
+        found.setdefault(text, set()).update(documents)
+    return found
 
 
 def _batches(contexts: dict[str, list[int]], asked: int) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.dtype import KVDtype
 from agentctx.models.manifest import Manifest
-from agentctx.models.table import Linears
+from agentctx.models.table import Entry, Linears
 from agentctx.models.tokenizer import Tokenizer, json_object
 from agentctx.paths import KV_BYTES
 from agentctx.runtime.memory import spare_bytes
@@ -38,8 +38,8 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError)  # what reading file
 
 
 class Weights:
-    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer; `calibration`: what
-    `agentctx calibrate` found out about the model.
+    """What `LocalChat` and a reader share. `ends`: the tokens that end an answer; `entry`: the model in the
+    table, if it is from there; `calibration`: what `agentctx calibrate` found out about the model.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Weights:
         self.name = name
         self.ends = ends
         self.content = content or engine.identity
+        self.entry: Entry | None = None
         self.calibration: Calibration | None = None
 
     @property

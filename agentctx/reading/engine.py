@@ -34,7 +34,7 @@ from agentctx.models.weights import Weights
 from agentctx.paths import KV_BYTES, Paths
 from agentctx.reading.frame import Frame, chat_frame, own_frame
 from agentctx.reading.reading import Reading
-from agentctx.reading.records import Window
+from agentctx.reading.records import Basis, Window
 from agentctx.reading.request import Place, question_hash
 from agentctx.reading.sources import Source, gathered
 from agentctx.reading.texts import Text, document_of
@@ -62,8 +62,9 @@ class Engine:
         archive: Blobs | None = None,
     ) -> None:
         """`secret`: what delimiters are made of, drawn if there is none; texts that are to be reopened by
-        another process need the same. `reliable`: tokens that the model was measured to read well. `archive`:
-        where what a scope drops is kept, in memory if there is none.
+        another process need the same. `reliable`: tokens that the model reads well, if the caller knows
+        better than calibration and table. `archive`: where what a scope drops is kept, in memory if there is
+        none.
         """
         self.weights = weights
         self.runtime = weights.engine
@@ -116,22 +117,17 @@ class Engine:
             progress=progress,
         )
         assert isinstance(model.chat, LocalChat), model.chat
-        reliable = model.profile.reliable
         if not kv_bytes:
-            return cls(model.chat.weights, reliable=reliable)
-        secret, archive = kept_secret(paths.secret), Blobs(paths.blobs)
-        return cls(model.chat.weights, secret=secret, reliable=reliable, archive=archive)
+            return cls(model.chat.weights)
+        return cls(model.chat.weights, secret=kept_secret(paths.secret), archive=Blobs(paths.blobs))
 
     @property
     def window(self) -> Window:
         """How much the model takes, and how much of that it reads well. Plan with `reliable`."""
-        context = self.weights.context
+        trained, context = self.runtime.trained, self.weights.context
         memory = self.runtime.pool.capacity * PAGE_TOKENS
-        known = self.weights.calibration
-        reliable = self._reliable or (known.reliable if known else None)
-        if reliable is None:
-            return Window(context, context, min(context, ASSUMED), memory, "assumed")
-        return Window(context, context, min(context, reliable), memory, "measured")
+        reliable, method = self._known_reliable()
+        return Window(trained, context, min(context, reliable), memory, method)
 
     @property
     def reader(self) -> LikelihoodReader:
@@ -179,16 +175,18 @@ class Engine:
             ids, before = list(source), self.tokens.prompt(frame.before)
             text = Text(None, Offsets([(0, 0)] * len(ids), 0), len(before))
         wanted = before + ids
-        with memory_errors(self.weights.name):
-            context = self.runtime.read(
-                wanted,
-                keep=keep,
-                cancelled=cancel,
-                progress=progress,
-                asked=frame.question(self.tokens, question) if question else (),
-            )
-        if keep and isinstance(source, Document):
-            self.runtime.name(wanted, (source.source,))
+        try:
+            with memory_errors(self.weights.name):
+                context = self.runtime.read(
+                    wanted,
+                    keep=keep,
+                    cancelled=cancel,
+                    progress=progress,
+                    asked=frame.question(self.tokens, question) if question else (),
+                )
+        finally:  # what was read until then is kept
+            if keep and text.document:
+                self.runtime.name(wanted, (text.document.source,), first=text.first)
         chosen = self.runtime.method.query_aware and context.state.pasts[0] is not None
         served = question_hash(question) if question and chosen else None
         return Reading(self, context, wanted, (text,), frame, keep=keep, question=served)
@@ -239,6 +237,17 @@ class Engine:
                 source.close(self.runtime)
             raise
         return Reading(self, context, ids, tuple(texts), first.frame, sources=sources)
+
+    def _known_reliable(self) -> tuple[int, Basis]:
+        """Tokens that the model reads well, and who says so."""
+        calibration, entry = self.weights.calibration, self.weights.entry
+        if self._reliable:
+            return self._reliable, "configured"
+        if calibration and calibration.reliable:
+            return calibration.reliable, "calibrated"
+        if entry and entry.reliable:
+            return entry.reliable, "table"
+        return ASSUMED, "assumed"
 
     def _framed(self, document: Document) -> Frame:
         if self._template is None:

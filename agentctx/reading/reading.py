@@ -193,8 +193,12 @@ class Reading:
             more = self.engine.tokens.data(text)
             document = document_of(last.document.text + text, last.document.source)
             ids = [*self._contents.ids, *more.ids]
-            with memory_errors(self.engine.weights.name):
-                new = self.engine.runtime.read(ids, keep=self._keep)
+            try:
+                with memory_errors(self.engine.weights.name):
+                    new = self.engine.runtime.read(ids, keep=self._keep)
+            finally:
+                if self._keep:
+                    self.engine.runtime.name(ids, (document.source,), first=last.first)
             grown = replace(last, document=document, offsets=last.offsets.joined(more.offsets))
             self._contents = Contents(ids, torch.ones(len(ids), dtype=torch.bool), (grown,))
             self._context, self.question = new, None

@@ -8,6 +8,7 @@ from typing import Literal
 from agentctx.runtime import notes
 
 Finish = Literal["stop", "length", "cancelled", "window"]
+Basis = Literal["configured", "calibrated", "table", "assumed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens, prompt and answer together: `trained` by the model's makers, `configured` here, `reliable` as
-    measured (`method` "measured") or as assumed, and those whose KV fits the memory.
+    """Tokens, prompt and answer together: `trained` by the model's makers, `configured` as the attention
+    method stretches them, `reliable` those that the model reads well, and those whose KV fits the memory.
+
+    `method` tells where `reliable` is from: "configured" by the caller, "calibrated" on this model's files,
+    the "table" of models, or "assumed" as nobody has measured it.
     """
 
     trained: int
     configured: int
     reliable: int
     memory_tokens: int
-    method: Literal["measured", "assumed"]
+    method: Basis

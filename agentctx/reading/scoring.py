@@ -80,7 +80,8 @@ def score_spans(
     scores = mass = [0.0] * len(found)
     if method in ("likelihood", "entropy"):
         texts = [one.text for one in found]
-        told = reading.engine.reader.scores(question, texts, entropy=method == "entropy")
+        sources = _sources(reading, found)
+        told = reading.engine.reader.scores(question, texts, sources, entropy=method == "entropy")
         scores = list(told.values)
     elif found:
         scores, mass = _by_attention(reading, question, found, look, focal=method == "focal")
@@ -139,7 +140,8 @@ def _in_best_chunks(
         documents[found[one.start].span.document_id][found[one.start].span.start : found[one[-1]].span.end]
         for one in chunks
     ]
-    values = reading.engine.reader.scores(question, texts).values
+    sources = _sources(reading, [found[one.start] for one in chunks])
+    values = reading.engine.reader.scores(question, texts, sources).values
     best = sorted(range(len(chunks)), key=lambda index: -values[index])[:CHUNKS]
     kept = {index for one in best for index in chunks[one]}
     return [score if index in kept else -math.inf for index, score in enumerate(scores)]
@@ -175,6 +177,12 @@ def _chunks(found: Sequence[_Candidate]) -> Iterator[range]:
                 continue
         yield range(start, index)
         start = index
+
+
+def _sources(reading: Reading, found: Sequence[_Candidate]) -> list[tuple[str]]:
+    """Whose text each span is."""
+    named = {text.document.id: text.document.source for text in reading.texts if text.document}
+    return [(named[one.span.document_id],) for one in found]
 
 
 def _tokens(texts: Sequence[Text], span: Span, held: Tensor) -> range:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,6 +48,7 @@ class Engine:
         chunk: int = CHUNK,
         kv_dtype: KVDtype = "auto",
     ) -> None:
+        self.trained = body.window  # before a method scales it
         self.body, self.method = (method or Dense()).on(body)
         self._plain = self.body.plain()
         if self.method.evicts and kv_dtype in ("int8", "int4"):
@@ -178,13 +179,13 @@ class Engine:
                     k, v = self.pool.read(page, block.end - block.start)
                 self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
 
-    def name(self, ids: Sequence[int], documents: Sequence[str], keep: Keep = True) -> None:
-        """Write down, for what is kept on disk of `ids`, which documents' text it is."""
-        if self.store is None or not documents:
-            return
-        blocks = [name for name in self.kept(ids, keep) if name in self.store]
-        for document in documents if blocks else ():
-            self.store.owners.name(document, blocks)
+    def name(
+        self, ids: Sequence[int], documents: Collection[str], keep: Keep = True, *, first: int = 0
+    ) -> None:
+        """Write down whose text it is what is kept on disk of `ids` from token `first` on."""
+        if self.store is not None and documents:
+            named = [block.name for block in self._named(ids, keep) if block.end > first]
+            self.store.own(named, documents)
 
     def step(
         self, contexts: Sequence[Context], ids: Tensor, pads: Sequence[int] = (), *, spoken: bool = False

@@ -1,114 +1,82 @@
 """Which documents the blocks of a KV store were read from: they can be listed and deleted by document.
 
-    root/<model>/documents/<hash>.names     the source of a document, then a block's name on each line
-
-Blocks are shared by all texts that begin alike, so a block belongs to every document that names it. The files
-are only ever appended to, and names of blocks that are gone are left out when they are read.
+What was read together is on one list, under the sources of all documents that it is text of. A block belongs
+to a document if the text of the document stands in it or before it, so that its keys and values depend on it.
+What stands before every document, such as the instructions of a prompt, belongs to none.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentctx.memory.atomic import make_private
-from agentctx.memory.kv.shelf import SUFFIX, Shelf
-
-FOLDER = "documents"
+from agentctx.memory.kv.shelf import Shelf
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """What is kept of one document for all models; blocks that others name as well count for each of them."""
+    """What is kept of one document for all models (None: of none). Blocks of several count for each."""
 
-    document: str
+    document: str | None
     models: tuple[str, ...]  # names as in `Held`
     blocks: int
     bytes: int
     used: float  # seconds since the epoch
 
 
-class Owners:
-    """The names that documents give to the blocks of one model under `folder`. Safe for several processes."""
+@dataclass
+class _Found:
+    blocks: set[Path] = field(default_factory=set)
+    used: float = 0.0
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._written: dict[str, set[str]] = {}  # what need not be written again
 
-    def name(self, document: str, blocks: Iterable[str]) -> None:
-        """These blocks hold text of `document`. Nothing is written if the disk does not take it."""
-        path = self._path(document)
-        known = self._written.setdefault(document, set())
-        if not path.exists():  # or deleted since, by whomever
-            known.clear()
-        fresh = [block for block in blocks if block not in known]
-        with suppress(OSError):
-            if not fresh:
-                path.touch()
-                return
-            make_private(path.parent)
-            head = "" if known or path.exists() else json.dumps(document) + "\n"
-            with open(path, "a", opener=_private) as file:
-                file.write(head + "".join(f"{block}\n" for block in fresh))
-            known |= set(fresh)
-
-    def _path(self, document: str) -> Path:
-        digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        return self.folder / FOLDER / f"{digest}.names"
+def name_blocks(shelf: Shelf, model: str, names: Iterable[str], documents: Collection[str]) -> None:
+    """These blocks of a model hold text of `documents`. Raises StoreError (no_space, unwritable)."""
+    shelf.note(model, json.dumps(sorted(set(documents))), names)
 
 
 def owned(shelf: Shelf) -> list[Owned]:
-    """What is kept of every document, the one used last first."""
-    found: dict[str, Owned] = {}
+    """What is kept of every document, the one used last first; then what is of none."""
+    found: dict[str, _Found] = {}
+    for documents, blocks, used in _lists(shelf):
+        for document in documents:
+            one = found.setdefault(document, _Found())
+            one.blocks.update(blocks)
+            one.used = max(one.used, used)
     names = {held.model: held.name for held in shelf.held()}
-    for path, document, blocks in _files(shelf.root):
-        with suppress(FileNotFoundError):
-            used = path.stat().st_mtime
-            sizes = [block.stat().st_size for block in blocks]
-            held = found.get(document) or Owned(document, (), 0, 0, used)
-            model = names.get(path.parent.parent.name, path.parent.parent.name)
-            found[document] = Owned(
-                document,
-                tuple(sorted({*held.models, model})),
-                held.blocks + len(blocks),
-                held.bytes + sum(sizes),
-                max(held.used, used),
-            )
-    return sorted((one for one in found.values() if one.blocks), key=lambda one: (-one.used, one.document))
+    rows = [_owned(document, one, names) for document, one in found.items() if one.blocks]
+    rows.sort(key=lambda one: (-one.used, str(one.document)))
+    rest = _Found(set(shelf.blocks()).difference(*(one.blocks for one in found.values())))
+    return [*rows, _owned(None, rest, names)] if rest.blocks else rows
 
 
 def forget(shelf: Shelf, documents: Iterable[str]) -> int:
-    """Delete the blocks that these documents name and no other does; returns the bytes freed.
-
-    Raises StoreError (unwritable).
+    """Delete every block that belongs to one of these documents, whoever else it belongs to; returns the
+    bytes freed. Raises StoreError (unwritable).
     """
     wanted = set(documents)
-    lists = list(_files(shelf.root))
-    kept = {block for _, document, blocks in lists if document not in wanted for block in blocks}
-    gone = [path for path, document, _ in lists if document in wanted]
-    named = {block for _, document, blocks in lists if document in wanted for block in blocks}
-    return shelf.delete([*gone, *sorted(named - kept)])
+    return shelf.delete({block for named, blocks, _ in _lists(shelf) if wanted & named for block in blocks})
 
 
-def _files(root: Path) -> list[tuple[Path, str, list[Path]]]:
-    """Each list of names: where it is, of which document, and those of its blocks that are there."""
+def _lists(shelf: Shelf) -> list[tuple[set[str], list[Path], float]]:
+    """Sources of documents, the blocks that are there of what was read of them together, the last use."""
     found = []
-    for path in sorted(root.glob(f"*/{FOLDER}/*.names")):
-        with suppress(OSError, ValueError):  # a list that cannot be read names nothing
-            head, *names = path.read_text().splitlines()
-            blocks = [
-                path.parent.parent / name[:2] / f"{name}{SUFFIX}"
-                for name in dict.fromkeys(names)
-                if name.isalnum()
-            ]
-            found.append((path, str(json.loads(head)), [block for block in blocks if block.exists()]))
+    for one in shelf.lists():
+        with suppress(ValueError, TypeError):  # a list of nobody knows whom names nothing
+            found.append((set(json.loads(one.head)), one.blocks, one.used))
     return found
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _owned(document: str | None, one: _Found, names: dict[str, str]) -> Owned:
+    size, used = 0, one.used
+    for block in one.blocks:
+        with suppress(FileNotFoundError):
+            size += (status := block.stat()).st_size
+            used = max(used, status.st_mtime)
+    models = {block.parent.parent.name for block in one.blocks}
+    return Owned(
+        document, tuple(sorted({names.get(model, model) for model in models})), len(one.blocks), size, used
+    )

@@ -11,7 +11,8 @@ bytes. The checksum is verified when a file is read: a damaged block counts as a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from agentctx.kernels.quant import dequantize_pages, quantize_pages
 from agentctx.kernels.records import KVPages
 from agentctx.memory.errors import ConfigError, StoreError
-from agentctx.memory.kv.owners import Owners
+from agentctx.memory.kv.owners import name_blocks
 from agentctx.memory.kv.pool import PAGE_TOKENS
-from agentctx.memory.kv.shelf import SUFFIX, Shelf
+from agentctx.memory.kv.shelf import Shelf, block_file
 
 VERSION = "1"
 CODECS = {"plain": 0, "int8": 8, "int4": 4}  # bits; plain keeps the dtype
@@ -41,7 +42,6 @@ class BlockStore:
             raise ConfigError(f"there is no KV codec {codec!r}", hint=f"known: {', '.join(CODECS)}")
         self.shelf = Shelf(root, budget=budget)
         self.folder = root / model
-        self.owners = Owners(self.folder)
         self.name = name or model
         self.codec = codec
 
@@ -98,8 +98,16 @@ class BlockStore:
         """These blocks of one text, in its order, were used now."""
         self.shelf.touch([self._path(name) for name in names])
 
+    def own(self, names: Sequence[str], documents: Collection[str]) -> None:
+        """These blocks, those that are here, hold text of `documents`. Nothing is written if the disk does
+        not take it.
+        """
+        if held := [name for name in names if name in self] if documents else []:
+            with suppress(StoreError):
+                name_blocks(self.shelf, self.folder.name, held, documents)
+
     def _path(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}{SUFFIX}"
+        return block_file(self.folder, name)
 
     def _corrupt(self, path: Path, why: str) -> StoreError:
         self.shelf.discard(path)

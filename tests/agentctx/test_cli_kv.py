@@ -87,55 +87,64 @@ def test_what_is_meant_must_be_clear(kept, capsys, args, code):
 
 @pytest.fixture
 def documents(home):
-    """Two documents of one model: a block of each alone, one that they share, and one that nobody names."""
+    """Two documents of one model: a block of each alone, one of both, and one that nobody names."""
     store = BlockStore(Paths.default().kv, "abc123", budget=1 << 30, name="smollm2")
     for name in ("aa1", "bb1", "cc1", "dd1"):
         store.put(name, *torch.randn(2, 2, 1, 64, 16))
-    store.owners.name("a.txt", ["aa1", "cc1"])
-    store.owners.name("b\n.txt", ["bb1", "cc1", "gone"])
+    store.own(["aa1"], ["a.txt"])
+    store.own(["bb1", "gone"], ["b\n.txt"])
+    store.own(["cc1"], ["a.txt", "b\n.txt"])
     return store
 
 
 def test_what_is_kept_is_listed_by_document(documents, capsys):
-    documents.owners.name("a.txt", ["aa1"])  # read again
-    BlockStore(documents.shelf.root, "abc123", budget=1).owners.name("a.txt", ["aa1"])  # by another process
+    documents.own(["aa1"], ["a.txt"])  # read again
     size = next(documents.folder.glob("*/*.kv")).stat().st_size
     assert run(["kv", "ls", "--json"]) == 0
     rows = said(capsys)["documents"]
     assert {(row["document"], row["blocks"], row["bytes"]) for row in rows} == {
         ("a.txt", 2, 2 * size),
         ("b\n.txt", 2, 2 * size),
+        (None, 1, size),
     }
     assert rows[0]["document"] == "a.txt" and rows[0]["models"] == ["smollm2"]
+    assert rows[-1]["document"] is None
     assert run(["kv", "ls"]) == 0
-    assert "a.txt" in capsys.readouterr().out
-    assert all(path.stat().st_mode & 0o077 == 0 for path in documents.folder.glob("documents/*"))
+    shown = capsys.readouterr().out
+    assert "a.txt" in shown and "(no document)" in shown
+    assert all(path.stat().st_mode & 0o077 == 0 for path in documents.folder.glob("lists/*"))
 
 
-def test_of_a_document_goes_what_no_other_names(documents, capsys):
+def test_of_a_document_goes_all_that_was_read_of_it_also_together_with_others(documents, capsys):
     size = next(documents.folder.glob("*/*.kv")).stat().st_size
     assert run(["kv", "rm", "a.txt", "--json"]) == 0
-    assert said(capsys)["freed"] >= size
-    assert [name in documents for name in ("aa1", "bb1", "cc1", "dd1")] == [False, True, True, True]
+    assert said(capsys)["freed"] >= 2 * size
+    assert [name in documents for name in ("aa1", "bb1", "cc1", "dd1")] == [False, True, False, True]
     assert run(["kv", "ls", "--json"]) == 0
-    assert [row["document"] for row in said(capsys)["documents"]] == ["b\n.txt"]
+    assert [row["document"] for row in said(capsys)["documents"]] == ["b\n.txt", None]
     assert run(["kv", "rm", "a.txt"]) == 3
+    assert run(["kv", "rm", ""]) == 3
     assert run(["kv", "rm", "b\n.txt"]) == 0
-    assert [name in documents for name in ("bb1", "cc1", "dd1")] == [False, False, True]
+    assert [name in documents for name in ("bb1", "dd1")] == [False, True]
+    assert not list(documents.folder.glob("lists/*"))
 
 
 def test_a_document_is_named_again_after_it_was_deleted(documents):
     assert run(["kv", "rm", "a.txt"]) == 0
     documents.put("aa1", *torch.randn(2, 2, 1, 64, 16))
-    documents.owners.name("a.txt", ["aa1"])
-    assert {one.document for one in owned(documents.shelf)} == {"a.txt", "b\n.txt"}
+    documents.own(["aa1"], ["a.txt"])
+    assert {one.document for one in owned(documents.shelf)} == {"a.txt", "b\n.txt", None}
 
 
 def test_a_damaged_list_names_nothing(documents, capsys):
-    for path in documents.folder.glob("documents/*"):
+    for path in documents.folder.glob("lists/*"):
         path.write_bytes(b"\xff{")
     assert run(["kv", "ls", "--json"]) == 0
-    assert said(capsys)["documents"] == []
+    assert [row["document"] for row in said(capsys)["documents"]] == [None]
+    for path in documents.folder.glob("lists/*"):
+        path.write_text("7\naa1\n")
+    assert run(["kv", "ls", "--json"]) == 0
+    assert [row["document"] for row in said(capsys)["documents"]] == [None]
 
 
 def test_paths_and_doctor_show_its_place_and_size(kept, capsys):

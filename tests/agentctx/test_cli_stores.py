@@ -6,6 +6,7 @@ import os
 import sqlite3
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from agentctx.doctor import examine
 from agentctx.memory.errors import InputError
 from agentctx.models.manifest import Manifest
 from agentctx.paths import Paths
+from agentctx.workflows.cache import LeafCache
 
 
 @pytest.fixture(autouse=True)
@@ -190,10 +192,50 @@ def test_doctor_finds_what_is_wrong(home, tmp_path, monkeypatch, capsys):
     found = failed()
     assert set(found) == {"folder cache", "database calls.db", "settings", "environment"}
     assert found["folder cache"].remedy == f"chmod 700 {home / 'cache'}"
-    assert "it is a cache" in found["database calls.db"].remedy
+    assert "doctor --fix" in found["database calls.db"].remedy
     assert all(check.remedy for check in found.values())
     assert run(["doctor"]) == 1
     assert "FAIL  environment: LANGSMITH_TRACING is true" in capsys.readouterr().out
+
+
+def test_doctor_puts_damaged_caches_aside_and_nothing_else(home, capsys):
+    wrong = b"not a database, but long enough to look like one" * 30
+    damaged = [
+        home / "cache" / "calls.db",
+        home / "cache" / "index" / "m" / "index.db",
+        home / "data" / "kept.db",
+    ]
+    for path in damaged:
+        path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        path.write_bytes(wrong)
+    for folder in (home / "cache", home / "data"):
+        folder.chmod(0o700)
+    (home / "cache" / "calls.db-wal").write_bytes(b"of the damaged one")
+    assert {check.name for check in failed().values()} == {f"database {path.name}" for path in damaged}
+    assert run(["doctor", "--fix", "--json"]) == 1
+    report = said(capsys)
+    assert [Path(path).read_bytes() for path in report["fixed"]] == [wrong, wrong]
+    assert [path.exists() for path in damaged] == [False, False, True]
+    assert not (home / "cache" / "calls.db-wal").exists()
+    assert [check["name"] for check in report["checks"] if not check["ok"]] == ["database kept.db"]
+    LeafCache(home / "cache" / "calls.db").close()
+    assert run(["doctor", "--fix", "--json"]) == 1 and said(capsys)["fixed"] == []
+    damaged[2].unlink()
+    assert run(["doctor", "--fix", "--json"]) == 0 and said(capsys)["fixed"] == []
+
+
+def test_doctor_does_not_take_a_busy_cache_for_a_damaged_one(home, monkeypatch):
+    path = home / "cache" / "calls.db"
+    path.parent.mkdir(parents=True, mode=0o700)
+    with sqlite3.connect(path) as database:
+        database.execute("create table t (x)")
+    locked = sqlite3.connect(path, isolation_level=None)
+    locked.execute("begin exclusive")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **rest: connect(*args, **(rest | {"timeout": 0})))
+    found = failed()["database calls.db"]
+    assert "locked" in found.detail and found.remedy == "look who uses it" and not found.damaged
+    locked.close()
 
 
 def test_doctor_tells_about_the_cpu_kernels_and_builds_nothing(home, monkeypatch):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.messages import HumanMessage
 
 import agentctx
 from agentctx.memory.errors import ConfigError, InputError, ModelError
 from agentctx.memory.types import Document
+from agentctx.models.local import LocalChat
 from agentctx.models.tokenizer import Tokenizer
 from agentctx.models.weights import Weights
 from agentctx.reading.engine import Engine
@@ -336,6 +338,18 @@ def test_without_a_template_and_from_token_ids(subject: Engine) -> None:
         assert own.ask(QUESTION, max_new_tokens=3).finish == "length"
 
 
+def test_a_chat_that_begins_like_a_reading_computes_only_what_follows(reading: Reading) -> None:
+    weights, frame = reading.engine.weights, reading.frame
+    opened = frame.before[: frame.before.index("Text between")]
+    content = frame.before.removeprefix(opened) + reading.texts[0].document.text + frame.between + QUESTION
+    chat = LocalChat(weights=weights, model_name="tiny", context=2048, max_tokens=8)
+    reply = chat.invoke([HumanMessage(content)])
+    usage = reply.usage_metadata
+    assert usage is not None and usage["input_tokens"] == len(prompt(reading))
+    assert usage["input_token_details"]["cache_read"] == len(reading.tokens()) // 64 * 64
+    assert reply.content == reading.ask(QUESTION, max_new_tokens=8).text
+
+
 def test_window_and_count(tiny_model: Path, subject: Engine) -> None:
     window = subject.window
     assert (window.trained, window.configured, window.reliable, window.method) == (
@@ -345,10 +359,12 @@ def test_window_and_count(tiny_model: Path, subject: Engine) -> None:
         "assumed",
     )
     assert window.memory_tokens == 400 * 64
-    measured = Engine(subject.weights, reliable=300).window
-    assert (measured.reliable, measured.method) == (300, "measured")
-    from langchain_core.messages import HumanMessage
-
+    told = Engine(subject.weights, reliable=300).window
+    assert (told.reliable, told.method) == (300, "configured")
+    scaled = engine(tiny_model, attention="ropescale:factor=4").window
+    assert (scaled.trained, scaled.configured) == (2048, 8192)
+    stretched = engine(tiny_model, attention="selfextend:window=256").window
+    assert stretched.trained == 2048 < stretched.configured
     assert subject.count("Łódź") == 7
     assert subject.count([HumanMessage("Łódź")]) == len("user\n\nassistant\n") + 7 + 3
 

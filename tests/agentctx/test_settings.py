@@ -124,6 +124,18 @@ def test_a_bad_value_is_named_with_its_place(project: Path, text: str, said: str
     assert "agentctx.toml" in str(caught.value)
 
 
+def test_an_endpoint_is_asked_only_for_what_a_flag_says(
+    home: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_file(home, 'kv_dtype = "int8"\nlinears = "int4"\nattention = "quest"\n')
+    monkeypatch.setenv("AGENTCTX_EXACT", "true")
+    kept = {"attention": "quest", "exact": True, "linears": "int4", "kv_dtype": "int8"}
+    assert Settings.load({}, cwd=project).local() == kept
+    assert Settings.load({"model": "openai:x"}, cwd=project).local() == {}
+    asked = Settings.load({"model": "openai:x", "kv_dtype": "int8"}, cwd=project)
+    assert asked.local() == {"kv_dtype": "int8"}
+
+
 def test_a_key_is_never_shown_and_its_file_is_private(
     home: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

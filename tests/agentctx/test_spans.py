@@ -23,6 +23,7 @@ from agentctx.models.calibration import VERSION, Calibration, calibration_file, 
 from agentctx.models.load import Model
 from agentctx.models.local import LocalChat
 from agentctx.models.reader import UNCALIBRATED, LikelihoodReader
+from agentctx.models.table import SMOLLM2
 from agentctx.reading.calibrate import calibrate
 from agentctx.reading.engine import Engine
 from agentctx.reading.needles import haystack
@@ -224,8 +225,12 @@ def test_the_window_that_calibrating_measured(tiny_model: Path) -> None:
     subject = engine(tiny_model)
     assert subject.window.method == "assumed"
     subject.weights.calibration = known()
-    assert (subject.window.reliable, subject.window.method) == (256, "measured")
+    assert (subject.window.reliable, subject.window.method) == (256, "calibrated")
+    subject.weights.entry = SMOLLM2
+    assert (subject.window.reliable, subject.window.method) == (256, "calibrated")
     subject.weights.calibration = known(reliable=None)
+    assert (subject.window.reliable, subject.window.method) == (300, "table")
+    subject.weights.entry = None
     assert subject.window.method == "assumed"
 
 

@@ -206,6 +206,11 @@ class Budget(RuleBasedStateMachine):
         found = self.stores[which].get(f"ab{number}", torch.float32)
         assert found is None or torch.equal(found[0], drawn(seed=number)[0])
 
+    @rule(which=st.integers(0, 2), numbers=st.lists(st.integers(0, 20)), document=st.sampled_from("xy"))
+    def own(self, which: int, numbers: list[int], document: str) -> None:
+        self.stores[which].own([f"ab{number}" for number in numbers], [document])
+        self.last = None
+
     @rule(which=st.integers(0, 2), at=st.integers(200, 2000))
     def damage(self, which: int, at: int) -> None:
         some = self.stores[which]
@@ -227,7 +232,7 @@ class Budget(RuleBasedStateMachine):
 
     @invariant()
     def the_budget_holds(self) -> None:
-        assert sum(path.stat().st_size for path in files(self.root)) <= self.budget
+        assert self.stores[0].shelf.used_bytes <= self.budget
 
     @invariant()
     def what_was_put_last_is_there(self) -> None:

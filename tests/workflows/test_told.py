@@ -11,10 +11,17 @@ from langchain_core.outputs import ChatResult
 
 from agentctx.api import Context
 from agentctx.cli.render import answer_lines
-from agentctx.memory.types import LeftOut
+from agentctx.memory.types import Document, LeftOut
 from agentctx.result import result
-from agentctx.testing import ScriptedChat, ScriptedReader, scripted_model
+from agentctx.testing import ScriptedChat, ScriptedReader, WordCounter, finding, scripted_model
+from agentctx.workflows.frame import Strategy
 from agentctx.workflows.ports import SOURCES, Scores
+from agentctx.workflows.profile import ModelProfile
+from agentctx.workflows.scope import Scope
+from agentctx.workflows.state import Task
+from agentctx.workflows.strategies.continuation import Continuation
+from agentctx.workflows.strategies.experience import Experience
+from agentctx.workflows.strategies.rank import Rank
 
 TEXTS = {
     "a.txt": "The light of the island is kept by Renn since May. Its lamp burns oil.\n",
@@ -96,3 +103,52 @@ def test_a_model_is_told_whose_text_it_reads(folder: Path) -> None:
         line = text.rpartition("\n")[2] or text
         holders = [name for name, whole in TEXTS.items() if text in whole]
         assert names == (holders or [name for name, whole in TEXTS.items() if line in whole]) != []
+
+
+LONG = {
+    name: "\n".join(
+        f"Entry {n} of {name}: the ship number {n} sailed in weather {n % 7}."
+        if n != 123
+        else f"Entry {n} of {name}: the code of Zed is K{len(name)}."
+        for n in range(200)
+    )
+    for name in ("logs/one.txt", "logs/second.txt")
+}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Rank(mode="window", by="passage", passage_tokens=64, top=2),
+        Experience(context_tokens=1200, result_tokens=300, steps=4),
+        Continuation(context_tokens=1200, result_tokens=300, steps=4),
+    ],
+    ids=lambda strategy: strategy.name,
+)
+def test_whatever_quotes_a_document_is_told_to_be_its_text(strategy: Strategy) -> None:
+    """The pieces of such prompts have labels that no document has: notes, results of tools, candidates."""
+    chat = Telling(reply=finding(r"the code of (\w+ is \w+)"), told={})
+    model = scripted_model(chat, context=3000, tiers=frozenset({"reads", "writes", "judges", "plans"}))
+    documents = [Document.of(text, name) for name, text in LONG.items()]
+    Context.open(documents, model=model, ephemeral=True).ask("What is the code of Zed?", strategy=strategy)
+    quoted = 0
+    for prompt, names in zip(chat.prompts, chat.sources, strict=True):
+        holders = {
+            name
+            for name, text in LONG.items()
+            if any(line in prompt for line in [*text.splitlines(), f"the code of Zed is K{len(name)}"])
+        }
+        assert holders <= set(names) <= set(LONG)
+        quoted += bool(holders)
+    assert quoted
+
+
+def test_a_sentence_under_its_heading_is_of_the_document_that_has_both() -> None:
+    heading, sentence = "The light: its keepers", "It is kept by Renn."
+    documents = [Document.of(f"# {heading}\n\n{sentence}", "a.txt"), Document.of("Geese return.", "b.txt")]
+    profile = ModelProfile("m", "local", "f", 1000)
+    scope = Scope(Task("?"), {one.id: one for one in documents}, profile, WordCounter(), "1")
+    assert scope.holders(f"Keepers: {sentence}") == ["a.txt"]
+    assert scope.holders(f"x\n{sentence}") == ["a.txt"]
+    assert scope.holders(f"{heading}: {sentence}") == ["a.txt", "b.txt"], "of any, if nobody knows"
+    assert scope.holders("Geese: \n") == ["a.txt", "b.txt"]

@@ -309,3 +309,16 @@ def test_the_embedded_tokenizer_is_the_one_transformers_would_choose(
         "def f(a):\n    return a",
     ):
         assert embedded_model.counter.count_text(text) == len(chosen.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("attention", "quest"), ("exact", True), ("linears", "int4"), ("kv_dtype", "int8")],
+)
+def test_an_endpoint_refuses_what_only_a_local_model_has(
+    paths: Paths, option: str, value: str | bool
+) -> None:
+    given: Any = {option: value}
+    with pytest.raises(ConfigError, match=f"{option} is {value!r}.*openai:x is an endpoint") as caught:
+        open_model("openai:x", base_url="http://127.0.0.1:9/v1", paths=paths, **given)
+    assert caught.value.hint == f"leave {option} (--{option.replace('_', '-')}) out, or name a local model"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.kv.owners import forget, owned
@@ -20,7 +21,7 @@ from agentctx.paths import Paths
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
 from agentctx.runtime.methods.table import method
-from agentctx.workflows.ports import SOURCES
+from agentctx.workflows.ports import SOURCES, SpanMethod
 
 SPARSE = "quest:budget=448,dense_below=0,dense_layers=0"
 LONG = [HumanMessage("The court of appeal ruled on the third of May, 1921. " * 12)]  # 650 tokens of 1,024
@@ -121,8 +122,61 @@ async def test_what_is_kept_is_listed_under_its_documents(tiny_model: Path, tmp_
     await reader.likelihood("who?", texts, [["a.txt"], ["a.txt", "b.txt"]])
     found = {one.document: one for one in owned(store.shelf)}
     kept = len(list(store.folder.glob("*/*.kv")))
+    assert found.keys() == {"a.txt", "b.txt"}
     assert found["a.txt"].blocks == kept and 0 < found["b.txt"].blocks < kept
+    forget(store.shelf, ["b.txt"])
+    (left,) = owned(store.shelf)
+    assert left.document == "a.txt" and left.blocks == kept - found["b.txt"].blocks
     forget(store.shelf, ["a.txt"])
-    assert {one.document for one in owned(store.shelf)} == {"b.txt"}
+    assert not owned(store.shelf)
     again = await reader.likelihood("who?", texts)  # pages in memory still serve
     assert len(again.values) == 2
+
+
+@pytest.mark.parametrize("method", ["likelihood", "attention"])
+async def test_spans_of_a_text_are_kept_under_its_documents(
+    deep_model: Path, tmp_path: Path, method: SpanMethod
+) -> None:
+    weights = Weights.load(deep_model, name="deep", kv=tmp_path)
+    assert weights.engine.store is not None
+    texts = ["The light is kept by Tobias Renn, who is never away from the island. " * 2, "Geese return."]
+    reader = LikelihoodReader(weights.engine, weights.tokenizer)
+    await reader.score_spans("who?", texts, [["a.txt"], ["b.txt"]], method=method)
+    assert {one.document for one in owned(weights.engine.store.shelf)} == {"a.txt", "b.txt"}
+
+
+async def test_what_stands_before_the_documents_is_of_none_and_stays(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    weights = Weights.load(tiny_model, name="tiny", kv=tmp_path)
+    store = weights.engine.store
+    assert store is not None
+    local = LocalChat(weights=weights, model_name="tiny", context=1024, max_tokens=2)
+    rules = SystemMessage("Read with care, answer briefly and name the place. " * 4)
+    for name in ("a.txt", "b.txt"):
+        text = f"{name} {LONG[0].content}"[:300]
+        await local.ainvoke([rules, HumanMessage(text, additional_kwargs={SOURCES: [name]})])
+    rows = {one.document: one.blocks for one in owned(store.shelf)}
+    assert rows.keys() == {"a.txt", "b.txt", None} and rows["a.txt"] == rows["b.txt"] > 1
+    shared = len("system\n" + str(rules.content)) // 64
+    assert rows[None] == shared > 1
+    forget(store.shelf, ["a.txt"])
+    assert {one.document: one.blocks for one in owned(store.shelf)} == {"b.txt": rows["b.txt"], None: shared}
+
+
+async def test_what_a_broken_off_prompt_left_is_named_as_well(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights.load(tiny_model, name="tiny", kv=tmp_path)
+    store = weights.engine.store
+    assert store is not None
+    local = LocalChat(weights=weights, model_name="tiny", context=1024, max_tokens=2)
+
+    def begin(prompt: list[int], cancelled: threading.Event) -> Any:
+        weights.engine.begin(prompt[:130], keep=True)[0].close()
+        raise MemoryError
+
+    monkeypatch.setattr(LocalChat, "_begin", lambda self, *args: begin(*args))
+    with pytest.raises(ModelError):
+        await local.ainvoke([HumanMessage(LONG[0].content, additional_kwargs={SOURCES: ["a.txt"]})])
+    assert {one.document: one.blocks for one in owned(store.shelf)} == {"a.txt": 2}

@@ -16,6 +16,7 @@ from agentctx.models.reader import LikelihoodReader
 from agentctx.models.tokenizer import Tokenizer
 from agentctx.runtime.engine import Engine
 from agentctx.runtime.llama import LlamaDecoder
+from agentctx.runtime.retrieve.heads import heads_of
 
 AFTER = "\n\nThis text answers the question:"
 QUESTION = "who keeps the light?"
@@ -104,6 +105,40 @@ async def test_a_text_is_computed_once_and_counted_exactly(tokenizer) -> None:
     second = await subject.likelihood("and where?", TEXTS)
     assert (second.computed_tokens, second.reused_tokens) == (other * len(TEXTS), contexts)
     assert second.computed_tokens <= subject.likelihood_cost("and where?", TEXTS)
+
+
+@pytest.mark.parametrize("method", ["likelihood", "entropy", "attention", "focal"])
+async def test_every_token_that_is_computed_for_spans_is_counted(tokenizer, monkeypatch, method) -> None:
+    shared, texts = engine(tiny()), [TEXTS[0], TEXTS[3]]
+    fed: list[int] = []
+    step = shared.step
+
+    def counted(contexts, ids, pads=()):
+        fed.append(ids.numel() - sum(pads))
+        return step(contexts, ids, pads)
+
+    monkeypatch.setattr(shared, "step", counted)
+    heads_of(shared, None)
+    probe = sum(fed) if method in ("attention", "focal") else 0  # of the model, not of a text
+    for reused in (False, True):
+        fed.clear()
+        found = await LikelihoodReader(shared, tokenizer).score_spans(QUESTION, texts, method=method)
+        assert found.computed_tokens == sum(fed) - probe > 0
+        assert bool(found.reused_tokens) is reused
+
+
+@pytest.mark.parametrize("method", ["likelihood", "entropy", "attention", "focal"])
+async def test_what_fills_the_window_is_scored_and_one_more_token_is_refused(tokenizer, method) -> None:
+    hint = len("\nThe answer is") if method in ("entropy", "focal") else 0
+    asked = len(tokenizer.encode(f" {QUESTION}")) + hint
+    read = len(AFTER) - 1 + asked + (method != "likelihood")
+    for window, fits in ((80 + read, True), (79 + read, False)):
+        subject = reader(tiny(window=window), tokenizer)
+        if fits:
+            assert (await subject.score_spans(QUESTION, ["g" * 80], method=method)).values[0]
+        else:
+            with pytest.raises(ModelError, match=f"window of {window}: 'gggg"):
+                await subject.score_spans(QUESTION, ["g" * 80], method=method)
 
 
 async def test_little_memory_keeps_what_was_used_last_and_scores_the_same(tokenizer) -> None:
