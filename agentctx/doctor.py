@@ -178,9 +178,8 @@ def _databases(paths: Paths) -> Iterator[Check]:
 
 
 def _models(paths: Paths) -> Iterator[Check]:
-    from agentctx.models.catalog import ensure, installed
+    from agentctx.models.catalog import ensure, entry_named, installed
     from agentctx.models.manifest import Manifest
-    from agentctx.models.table import TABLE
 
     for model in installed(paths):
         title = f"model {model.name}"
@@ -188,7 +187,7 @@ def _models(paths: Paths) -> Iterator[Check]:
             yield Check(title, True, f"not here; {model.size / 1e6:.0f} MB are fetched at its first use")
             continue
         try:
-            folder = ensure(TABLE[model.name], paths, offline=True)
+            folder = ensure(entry_named(model.name), paths, offline=True)
             if manifest := Manifest.read(folder):
                 manifest.verify(folder)
             yield Check(title, True, f"every byte is as it was, {model.size / 1e6:.0f} MB")

@@ -191,6 +191,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         exact=settings.exact,
         linears=settings.linears,
         kv_dtype=settings.kv_dtype,
+        embed=settings.embed,
         selection=selection,
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,
         offline=settings.offline,

