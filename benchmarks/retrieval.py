@@ -2,21 +2,21 @@
 
     python benchmarks/retrieval.py DATA_DIR --questions 40 --minutes 25
 
-Sets: questions of Natural Questions with the gold passage among 20, 100 and 1,000 passages (`lost_in_the_middle`
-holds 598; paragraphs of HotpotQA, Wikipedia as well, make up the thousand); HotpotQA, the supporting two of ten
-paragraphs; QMSum, the passages of a meeting that overlap the gold turns; needles, the passage that holds one of
-many facts about many people between sentences of `squality` stories; paraphrases, which share few words with
-what answers them, in whole collections (`finding.py`). The hundred questions on which constants were chosen
-(`finding.py`) are left out.
+Sets: questions of Natural Questions with the gold passage among 20, 100 and 1,000 passages
+(`lost_in_the_middle` holds 598; paragraphs of HotpotQA, Wikipedia as well, make up the thousand); HotpotQA,
+the supporting two of ten paragraphs; QMSum, the passages of a meeting that overlap the gold turns; needles,
+the passage that holds one of many facts about many people between sentences of `squality` stories;
+paraphrases, which share few words with what answers them, in whole collections (`finding.py`). The hundred
+questions on which constants were chosen (`finding.py`) are left out.
 
-Rankers: BM25; MiniLM; the model's likelihood, its attention through calibrated heads, both over the best 50 of
-the first stage; its keys (`agentctx.corpus.keys`); and fusions, `+` naming what goes in: "words" is the first
-stage of `spans`, and words+likelihood is `spans` as it ships. Attention goes by blocks of ten passages that were
-read by themselves and composed, so that every passage is read once.
+Rankers: BM25; MiniLM; the model's likelihood, its attention through calibrated heads, both over the best 50
+of the first stage; its keys (`agentctx.corpus.keys`); and fusions, `+` naming what goes in: "words" is the
+first stage of `spans`, and words+likelihood is `spans` as it ships. Attention goes by blocks of ten passages
+that were read by themselves and composed, so that every passage is read once.
 
 R@k counts the gold passages among the first k, of those that k places can hold. Intervals are 95 % bootstrap
-intervals over questions; differences are to words+likelihood, paired. A stopped run goes on where it was: a line
-per question stands in a JSON Lines file beside the output.
+intervals over questions; differences are to words+likelihood, paired. A stopped run goes on where it was: a
+line per question stands in a JSON Lines file beside the output.
 """
 
 from __future__ import annotations

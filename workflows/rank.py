@@ -1,8 +1,9 @@
 """Find the passages that answer: a cheap look at all of them, a model's look at the best.
 
 The first stage is BM25 over words plus BM25 over character n-grams, which finds what inflection, compounds
-and typing errors hide from words; with an `Embedder`, the nearness of vectors is added. The second asks the `Reader` how well each candidate predicts the
-question. The two are fused by their scores: ranks would throw away that one candidate is far ahead.
+and typing errors hide from words; with an `Embedder`, the nearness of vectors is added. The second asks the
+`Reader` how well each candidate predicts the question. The two are fused by their scores: ranks would throw
+away that one candidate is far ahead.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ _BATCH_TOKENS = 4096  # tokens of one pass, padding included
 class BertEncoder:
     """Texts to unit vectors. Safe for several threads."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], tokenizer: Tokenizer
+    ) -> None:
         """Raises KeyError for what `config` lacks, ValueError for a model of another kind."""
         kind = (config["model_type"], config["hidden_act"], config.get("position_embedding_type", "absolute"))
         if kind != ("bert", "gelu", "absolute"):
@@ -49,7 +51,9 @@ class BertEncoder:
         try:
             config = json.loads((folder / "config.json").read_bytes())
             weights = load_file(folder / "model.safetensors")
-            encoder = cls(config, {name: one.float() for name, one in weights.items()}, Tokenizer.load(folder))
+            encoder = cls(
+                config, {name: one.float() for name, one in weights.items()}, Tokenizer.load(folder)
+            )
             encoder.encode(["x"])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(

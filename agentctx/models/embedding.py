@@ -1,7 +1,7 @@
 """The `Embedder` of a run: vectors of texts, each made once and kept under the hash of its text.
 
-`minilm` is fetched as the embedded model is, as data; a folder with another BERT does as well. The weights are
-read when the first text is compared.
+`minilm` is fetched as the embedded model is, as data; a folder with another BERT does as well. The weights
+are read when the first text is compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _VERSION = 1
 _TOGETHER = 64  # texts between two looks at whether anybody still waits, and what a killed run loses
 
 
-def open_embedder(name: str, paths: Paths, *, keep: bool, offline: bool, progress: Progress) -> Embedder | None:
+def open_embedder(
+    name: str, paths: Paths, *, keep: bool, offline: bool, progress: Progress
+) -> Embedder | None:
     """The embedder of this name: `minilm`, fetched if it is not here, "auto" only if it is, "none" for none,
     or a folder. `keep`: vectors stay on disk. Raises ConfigError, and ModelError as `catalog.ensure` does.
     """

@@ -3,9 +3,9 @@
     split -> rank -> answer
 
 BM25 ranks all passages, with the vectors of an `Embedder` if there is one, the Reader's query likelihood
-re-ranks the best of them (`likelihood`), and the best few are read in one call. Cost: one call, and the tokens
-of the passages that were scored. `lexical` goes by words alone and scores nothing. Query likelihood: Ponte and Croft, 1998; by a language model's probabilities:
-https://arxiv.org/abs/2204.07496.
+re-ranks the best of them (`likelihood`), and the best few are read in one call. Cost: one call, and the
+tokens of the passages that were scored. `lexical` goes by words alone and scores nothing. Query likelihood:
+Ponte and Croft, 1998; by a language model's probabilities: https://arxiv.org/abs/2204.07496.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from agentctx.models.table import MINILM, Embedding, File
 from agentctx.paths import Paths
 from agentctx.testing import ScriptedChat, finding, scripted_model
 
-WORDS = "rent is paid on the first day of each month dog may enter heron boat river".split()
+SENTENCE = "rent is paid on the first day of each month dog may enter heron boat river"
 TEXTS = ["rent is paid on the first day", "dog may enter", "the heron on the river", "", "boat " * 700]
 QUESTIONS = {
     "How much notice is needed to end the lease?": "Either party may terminate on sixty days' warning.",
@@ -41,7 +41,7 @@ def write_bert(folder: Path) -> Path:
     """A two-layer BERT of random weights with a vocabulary of words."""
     folder.mkdir(parents=True)
     specials = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    vocabulary = {word: number for number, word in enumerate([*specials, *dict.fromkeys(WORDS)])}
+    vocabulary = {word: number for number, word in enumerate([*specials, *SENTENCE.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -186,7 +186,7 @@ def test_names_and_folders(bert: Path, tiny_model: Path, paths: Paths) -> None:
     with pytest.raises(ModelError) as caught:
         opened("minilm")
     assert caught.value.code == "not_fetched"
-    with pytest.raises(ConfigError, match="minilm, auto, none"):
+    with pytest.raises(ConfigError, match="word2vec"):
         opened("word2vec")
     wrong = opened(str(tiny_model))
     assert wrong is not None
