@@ -15,7 +15,7 @@ first stage of `spans`, and words+likelihood is `spans` as it ships. Attention g
 that were read by themselves and composed, so that every passage is read once.
 
 R@k counts the gold passages among the first k, of those that k places can hold. Intervals are 95 % bootstrap
-intervals over questions; differences are to words+likelihood, paired. A stopped run goes on where it was: a
+intervals over questions; differences are paired. A stopped run goes on where it was: a
 line per question stands in a JSON Lines file beside the output.
 """
 
@@ -31,7 +31,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ SETS = ("nq_20", "nq_100", "nq_1000", "hotpotqa", "qmsum", "needles", "paraphras
 SHIPPED = "words+likelihood"
 RANKERS = (
     "bm25",
+    "words",
     "minilm",
     "likelihood",
     "attention",
@@ -69,6 +70,7 @@ RANKERS = (
     "words+minilm+likelihood",
     "words+keys+likelihood",
 )
+COSTLY = ("likelihood", "attention", "keys")  # each with its fusions
 AT = (1, 5, 20)
 PASSAGE = 200  # tokens, as `spans` and an index cut
 BLOCK = 10  # passages that attention looks at together
@@ -188,14 +190,17 @@ def whole_collections(data: Path) -> Iterator[Item]:
 
 def items(data: Path, counter: Any, chosen: Sequence[str], count: int) -> Iterator[Item]:
     """One question of each set after the other, so that a run that stops early has all of them."""
-    sizes = {name: int(name.removeprefix("nq_")) for name in SETS if name.startswith("nq_")}
+    sizes = {name: int(name.removeprefix("nq_")) for name in chosen if name.startswith("nq_")}
+    others = {
+        "hotpotqa": lambda: hotpot(data),
+        "qmsum": lambda: qmsum(data, counter),
+        "needles": lambda: needles(data, counter),
+        "paraphrases": lambda: whole_collections(data),
+    }
     streams: list[Iterator[list[Item]]] = [natural(data, sizes)]
-    streams += [([one] for one in hotpot(data)), ([one] for one in qmsum(data, counter))]
-    streams += [([one] for one in needles(data, counter)), ([one] for one in whole_collections(data))]
-    for number, line in enumerate(zip_longest(*streams, fillvalue=[])):
-        if number == count:
-            return
-        yield from (item for group in line for item in group if item.set in chosen)
+    streams += [([item] for item in others[name]()) for name in chosen if name in others]
+    for line in islice(zip_longest(*streams, fillvalue=[]), count):
+        yield from (item for group in line for item in group)
 
 
 class Memo:
@@ -299,28 +304,31 @@ class Bench:
         self.indexes.move_to_end(texts)
         return self.indexes[texts]
 
-    async def orders(self, item: Item) -> dict[str, Sequence[int]]:
-        """The passages of an item by each ranker; keys and attention go without the large collections."""
+    async def orders(self, item: Item, wanted: Sequence[str]) -> dict[str, Sequence[int]]:
+        """The passages of an item by each of these groups of rankers."""
         question, texts = item.question, item.texts
         bm25, first = self.index(texts)
         memo, embedder = Memo(self.model.reader, question), self.model.embedder
         words = first.scores(question)
         behind = sorted(range(len(texts)), key=lambda i: -words[i])
-        shipped = await rank(question, texts, reader=memo, first=first)
-        likelihood = dict(zip(shipped.scored, shipped.likelihoods, strict=True))
         near = (await embedder.similarities(question, texts)).values
         found: dict[str, Sequence[int]] = {
             "bm25": bm25.top(question, len(texts)),
+            "words": behind,
             "minilm": sorted(range(len(texts)), key=lambda i: -near[i]),
-            "likelihood": by(likelihood, behind),
-            SHIPPED: shipped.order,
+            "words+minilm": (await rank(question, texts, reader=None, first=first, embedder=embedder)).order,
         }
-        for name, reader in (("words+minilm", None), ("words+minilm+likelihood", memo)):
-            ranking = await rank(question, texts, reader=reader, first=first, embedder=embedder)
-            found[name] = ranking.order
-        if item.set != "paraphrases":
-            looked = self.attention.scores(question, [texts[i] for i in shipped.scored])
-            found["attention"] = by(dict(zip(shipped.scored, looked, strict=True)), behind)
+        if "likelihood" in wanted:
+            shipped = await rank(question, texts, reader=memo, first=first)
+            found["likelihood"] = by(dict(zip(shipped.scored, shipped.likelihoods, strict=True)), behind)
+            found[SHIPPED] = shipped.order
+            both = await rank(question, texts, reader=memo, first=first, embedder=embedder)
+            found["words+minilm+likelihood"] = both.order
+        if "attention" in wanted:
+            chosen = behind[:CANDIDATES]
+            looked = self.attention.scores(question, [texts[i] for i in chosen])
+            found["attention"] = by(dict(zip(chosen, looked, strict=True)), behind)
+        if "keys" in wanted:
             keys = self.keys.setdefault(item.corpus, Keys(self.model.chat)).scores(question, texts)
             found["keys"] = sorted(range(len(texts)), key=lambda i: -keys[i])
             order = _fused([words, keys], len(texts))
@@ -337,24 +345,31 @@ def by(scores: dict[int, float], behind: Sequence[int]) -> list[int]:
     return sorted(behind, key=lambda i: -scores.get(i, float("-inf")))
 
 
-def measure(bench: Bench, chosen: Iterator[Item], log: Path, minutes: float) -> list[dict[str, Any]]:
-    """A line for each question: the places of the gold passages by each ranker, from 0."""
-    done = [json.loads(line) for line in log.open()] if log.exists() else []
-    known = {(row["set"], row["id"]) for row in done}
+def measure(
+    bench: Bench, chosen: Iterator[Item], wanted: Sequence[str], log: Path, minutes: float
+) -> list[dict[str, Any]]:
+    """A line for each question: the places of the gold passages by each ranker, from 0.
+
+    A question that lacks rankers which are wanted is asked again, for those.
+    """
+    lines = [json.loads(line) for line in log.open()] if log.exists() else []
+    done = {(row["set"], row["id"]): row for row in lines}
     began = time.monotonic()
     with log.open("a") as out:
         for item in chosen:
-            if (item.set, item.id) in known:
+            known = done.get((item.set, item.id), {}).get("places", {})
+            if known and not set(wanted) - set(known):
                 continue
             if time.monotonic() - began > 60 * minutes:
                 break
             started = time.perf_counter()
-            orders = asyncio.run(bench.orders(item))
+            orders = asyncio.run(bench.orders(item, [name for name in wanted if name not in known]))
             row = {
                 "set": item.set,
                 "id": item.id,
                 "passages": len(item.texts),
-                "places": {
+                "places": known
+                | {
                     name: [place for place, i in enumerate(order) if i in item.gold]
                     for name, order in orders.items()
                 },
@@ -362,8 +377,8 @@ def measure(bench: Bench, chosen: Iterator[Item], log: Path, minutes: float) -> 
                 "load": round(os.getloadavg()[0], 1),
             }
             print(json.dumps(row), file=out, flush=True)
-            done.append(row)
-    return done
+            done[item.set, item.id] = row
+    return list(done.values())
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -373,24 +388,25 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mine = [row for row in rows if row["set"] == name]
         if not mine:
             continue
-        draws = np.random.default_rng(0).integers(len(mine), size=(RESAMPLES, len(mine)))
-        rankers: dict[str, Any] = {}
-        for ranker in RANKERS:
-            if ranker not in mine[0]["places"]:
-                continue
-            rankers[ranker] = {}
-            for k in AT:
-                ours, base = (
-                    np.array([recall(row["places"][one], k) for row in mine]) for one in (ranker, SHIPPED)
-                )
-                rankers[ranker] |= {f"R@{k}": interval(ours, draws)}
-                rankers[ranker] |= {f"R@{k} minus {SHIPPED}": interval(ours - base, draws)}
         found[name] = {
-            "questions": len(mine),
             "passages": sorted({row["passages"] for row in mine}),
-            "gold": round(float(np.mean([len(row["places"][SHIPPED]) for row in mine])), 1),
-            "rankers": rankers,
+            "gold": round(float(np.mean([len(row["places"]["bm25"]) for row in mine])), 1),
+            "rankers": {ranker: cell for ranker in RANKERS if (cell := figures(mine, ranker))},
         }
+    return found
+
+
+def figures(rows: Sequence[dict[str, Any]], ranker: str) -> dict[str, Any]:
+    """Of one ranker, over the questions that it was asked."""
+    places = [row["places"] for row in rows if ranker in row["places"]]
+    found: dict[str, Any] = {"questions": len(places)} if places else {}
+    for base in (None, SHIPPED, "words"):
+        both = [one for one in places if base is None or base in one]
+        draws = np.random.default_rng(0).integers(len(both), size=(RESAMPLES, len(both))) if both else None
+        for k in AT if both and ranker != base else ():
+            values = np.array([recall(one[ranker], k) for one in both])
+            less = np.array([recall(one[base], k) if base else 0.0 for one in both])
+            found[f"R@{k} minus {base}" if base else f"R@{k}"] = interval(values - less, draws)
     return found
 
 
@@ -411,6 +427,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="of each set")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no question after them")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument(
+        "--rankers", nargs="*", choices=COSTLY, default=COSTLY, help="beside words and MiniLM"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/retrieval.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -419,7 +438,7 @@ def main() -> None:
     opened: Any = open_model(args.model, paths=paths, kv_bytes=0, memory_bytes=MEMORY)
     model: Any = replace(opened, embedder=embedder)
     chosen = items(args.data, model.counter, args.sets, args.questions)
-    rows = measure(Bench(model), chosen, args.out.with_suffix(".jsonl"), args.minutes)
+    rows = measure(Bench(model), chosen, args.rankers, args.out.with_suffix(".jsonl"), args.minutes)
     result = {
         "environment": {
             "model": model.profile.name,
@@ -437,7 +456,7 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, one in result["sets"].items():
         for ranker, cells in one["rankers"].items():
-            print(f"{name:12}{one['questions']:>4} {ranker:26}", *(cells[f"R@{k}"] for k in AT))
+            print(f"{name:12}{cells['questions']:>4} {ranker:26}", *(cells[f"R@{k}"] for k in AT))
 
 
 if __name__ == "__main__":

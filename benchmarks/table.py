@@ -174,8 +174,8 @@ def retrieval() -> str:
     result = load("retrieval")
     sets = result["sets"]
     names = dict.fromkeys(ranker for one in sets.values() for ranker in one["rankers"])
-    heads = [f"{FOUND_IN[name]} ({one['questions']})" for name, one in sets.items()]
-    lines = [f"| R@1, R@5, R@20 | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    heads = [FOUND_IN[name] for name in sets]
+    lines = [f"| R@1, R@5, R@20 (questions) | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for name in names:
         cells = [recalls(one["rankers"].get(name)) for one in sets.values()]
         lines.append(f"| {RANKERS.get(name, name)} | {' | '.join(cells)} |")
@@ -185,7 +185,8 @@ def retrieval() -> str:
 def recalls(cell: Any) -> str:
     if cell is None:
         return ""
-    return ", ".join([interval(*cell["R@1"]), *(f"{cell[at][0]:.2f}" for at in ("R@5", "R@20"))])
+    found = [interval(*cell["R@1"]), *(f"{cell[at][0]:.2f}" for at in ("R@5", "R@20"))]
+    return f"{', '.join(found)} ({cell['questions']})"
 
 
 def figures() -> str:
