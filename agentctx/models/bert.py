@@ -92,8 +92,9 @@ class BertEncoder:
         return rows
 
     def _attended(self, rows: Tensor, real: Tensor, at: str) -> Tensor:
+        shape = (*rows.shape[:-1], self._heads, -1)
         query, key, value = (
-            self._linear(rows, f"{at}.attention.self.{name}").unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            self._linear(rows, f"{at}.attention.self.{name}").view(*shape).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None])
