@@ -6,8 +6,8 @@ Sets: questions of Natural Questions with the gold passage among 20, 100 and 1,0
 (`lost_in_the_middle` holds 598; paragraphs of HotpotQA, Wikipedia as well, make up the thousand); HotpotQA,
 the supporting two of ten paragraphs; QMSum, the passages of a meeting that overlap the gold turns; needles,
 the passage that holds one of many facts about many people between sentences of `squality` stories;
-paraphrases, which share few words with what answers them, in whole collections (`finding.py`). The hundred
-questions on which constants were chosen (`finding.py`) are left out.
+`examples` and `debian_docs`, questions that share few words with what answers them (`finding.py`). The
+hundred questions on which constants were chosen (`finding.py`) are left out.
 
 Rankers: BM25; MiniLM; the model's likelihood, its attention through calibrated heads, both over the best 50
 of the first stage; its keys (`agentctx.corpus.keys`); and fusions, `+` naming what goes in: "words" is the
@@ -56,7 +56,7 @@ from agentctx.workflows.rank import CANDIDATES, LEXICAL_WEIGHT, FirstStage, rank
 from agentctx.workflows.split import split
 from agentctx.workflows.strategies.kv_retrieval import _fused
 
-SETS = ("nq_20", "nq_100", "nq_1000", "hotpotqa", "qmsum", "needles", "paraphrases")
+SETS = ("nq_20", "nq_100", "nq_1000", "hotpotqa", "qmsum", "needles", "examples", "debian_docs")
 SHIPPED = "words+likelihood"
 RANKERS = (
     "bm25",
@@ -180,12 +180,11 @@ def needles(data: Path, counter: Any) -> Iterator[Item]:
     return (item for pair in zip(*found, strict=True) for item in pair)
 
 
-def whole_collections(data: Path) -> Iterator[Item]:
-    """The paraphrased questions, those of the two collections in turn."""
-    found = [item for item in paraphrases(data) if item.task == "paraphrase_all"]
-    halves = [[item for item in found if item.split == name] for name in ("examples", "debian_docs")]
-    for item in (item for pair in zip(*halves, strict=True) for item in pair):
-        yield Item("paraphrases", item.id, item.question, item.texts, item.gold, item.split)
+def whole_collection(data: Path, name: str) -> Iterator[Item]:
+    """The paraphrased questions about one collection."""
+    for item in paraphrases(data):
+        if (item.task, item.split) == ("paraphrase_all", name):
+            yield Item(name, item.id, item.question, item.texts, item.gold, name)
 
 
 def items(data: Path, counter: Any, chosen: Sequence[str], count: int) -> Iterator[Item]:
@@ -195,7 +194,8 @@ def items(data: Path, counter: Any, chosen: Sequence[str], count: int) -> Iterat
         "hotpotqa": lambda: hotpot(data),
         "qmsum": lambda: qmsum(data, counter),
         "needles": lambda: needles(data, counter),
-        "paraphrases": lambda: whole_collections(data),
+        "examples": lambda: whole_collection(data, "examples"),
+        "debian_docs": lambda: whole_collection(data, "debian_docs"),
     }
     streams: list[Iterator[list[Item]]] = [natural(data, sizes)]
     streams += [([item] for item in others[name]()) for name in chosen if name in others]

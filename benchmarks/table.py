@@ -36,7 +36,8 @@ FOUND_IN = {
     "hotpotqa": "HotpotQA, 2 of 10 paragraphs",
     "qmsum": "QMSum, gold turns of a meeting",
     "needles": "facts in 12,000 tokens",
-    "paraphrases": "paraphrased, whole collections",
+    "examples": "other words, `examples`",
+    "debian_docs": "other words, `debian_docs`",
 }
 RANKERS = {
     "bm25": "BM25",
