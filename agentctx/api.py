@@ -81,7 +81,7 @@ class Context:
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
         concurrency: int | None = None,
-        embed: str = "none",
+        embed: str = "auto",
         progress: Progress | None = None,
     ) -> Context:
         """Read the sources and open the model.
@@ -93,7 +93,7 @@ class Context:
         answers, dense attention has the last word on each token. `linears`: the weights that a local
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
-        `embed`: "minilm" finds passages by their meaning too. `ephemeral`: write nothing to disk.
+        `embed`: "minilm" finds passages by meaning too ("auto": if it is here). `ephemeral`: write nothing.
         `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
         memory, for the model and what it reads (None: 60 % of what is free). `concurrency`: calls in flight.
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.

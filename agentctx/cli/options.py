@@ -87,7 +87,9 @@ class Options(OutputOptions):
     embed: Annotated[
         str | None,
         Option(
-            help="Find passages by meaning too: minilm, or a folder.", rich_help_panel=MODEL, metavar="NAME"
+            help="Find passages by meaning too: auto, none, minilm, or a folder.",
+            rich_help_panel=MODEL,
+            metavar="NAME",
         ),
     ] = None
     strategy: Annotated[

@@ -26,6 +26,7 @@ from agentctx.models.catalog import ensure, fetch, held, installed, remove
 from agentctx.models.embedding import Embedder, open_embedder
 from agentctx.models.table import MINILM, Embedding, File
 from agentctx.paths import Paths
+from agentctx.settings import Settings
 from agentctx.testing import ScriptedChat, finding, scripted_model
 
 SENTENCE = "rent is paid on the first day of each month dog may enter heron boat river"
@@ -288,7 +289,10 @@ def test_a_run_finds_by_meaning_within_its_plan(bert: Path) -> None:
 
 def test_the_option_reaches_the_model(bert: Path, tiny_model: Path, paths: Paths) -> None:
     note = Document.of("dog may enter", "note.txt")
-    for name, wanted in (("none", False), (str(bert), True)):
+    assert Settings.load({}, cwd=paths.cache.parent).embed == "auto"
+    with pytest.raises(ConfigError, match="embed is ''"):
+        Settings.load({"embed": ""})
+    for name, wanted in (("none", False), ("auto", False), (str(bert), True)):
         context = Context.open([note], model=str(tiny_model), embed=name, paths=paths, offline=True)
         assert (context.model.embedder is not None) == wanted
         assert context.model_options["embed"] == name
