@@ -81,6 +81,7 @@ class Context:
         kv_bytes: int = KV_BYTES,
         memory_bytes: int | None = None,
         concurrency: int | None = None,
+        embed: str = "auto",
         progress: Progress | None = None,
     ) -> Context:
         """Read the sources and open the model.
@@ -92,9 +93,9 @@ class Context:
         answers, dense attention has the last word on each token. `linears`: the weights that a local
         model generates with, "bf16", "int4" (half the time a token, slightly less accurate) or "auto".
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
-        `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
-        is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
-        free). `concurrency`: calls in flight at an endpoint (None: 8).
+        `embed`: "minilm" finds passages by meaning too ("auto": if it is here). `ephemeral`: write nothing.
+        `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
+        memory, for the model and what it reads (None: 60 % of what is free). `concurrency`: calls in flight.
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.corpus.attach import with_index
@@ -115,6 +116,7 @@ class Context:
                 "kv_bytes": 0 if ephemeral else kv_bytes,
                 "memory_bytes": memory_bytes,
                 "concurrency": concurrency,
+                "embed": embed,
             }
             model = with_index(open_model(**options, paths=paths, offline=offline, progress=progress), paths)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
@@ -274,6 +276,7 @@ class Context:
             self.model.reader,
             budget,
             self.model.index,
+            self.model.embedder,
         )
 
     async def _start(

@@ -201,7 +201,7 @@ def _databases(paths: Paths) -> Iterator[Check]:
 def _models(paths: Paths) -> Iterator[Check]:
     from agentctx.models.catalog import installed
     from agentctx.models.manifest import Manifest
-    from agentctx.models.table import TABLE
+    from agentctx.models.table import FETCHABLE
 
     for model in installed(paths):
         title = f"model {model.name}"
@@ -211,7 +211,7 @@ def _models(paths: Paths) -> Iterator[Check]:
             size = f"{model.size / 1e6:.0f} MB"
             there = f"{size} that are not whole, or of another version: `agentctx models rm {model.name}`"
             absent = f"not here; {size} are fetched at its first use"
-            yield Check(title, True, absent if model.name in TABLE else there)
+            yield Check(title, True, absent if model.name in FETCHABLE else there)
             continue
         try:
             manifest.verify(folder)

@@ -42,6 +42,10 @@ class Paths:
         return self.cache / "index" / "v1"
 
     @property
+    def embeddings(self) -> Path:
+        return self.cache / "embeddings" / "v1"
+
+    @property
     def calls(self) -> Path:
         return self.cache / "calls.db"
 

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     attention: str = "auto"
     exact: bool = False  # a sparse attention only drafts; answers are those of dense attention
     linears: Linears = "auto"
+    embed: str = Field("auto", min_length=1)  # the embedding model
     kv_dtype: KVDtype = "auto"  # of what a local model has read, in memory
     max_calls: AtLeastOne | None = None
     max_input_tokens: AtLeastOne | None = None

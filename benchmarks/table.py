@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 MARKS = {
     "figures": ("<!-- figures: benchmarks/table.py -->\n", "<!-- end of figures -->\n"),
     "attention": ("<!-- attention: benchmarks/table.py -->\n", "<!-- end of attention -->\n"),
+    "retrieval": ("<!-- retrieval: benchmarks/table.py -->\n", "<!-- end of retrieval -->\n"),
 }
 BUDGET = 1024  # tokens, of the methods in the README; the grid has more
 AUTO = ROOT / "agentctx/runtime/methods/auto.json"
@@ -27,6 +28,25 @@ COMMANDS = {
     "speed": "agentctx bench speed --lengths 1k..32k --threads 2",
 }
 SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
+
+
+FOUND_IN = {
+    "nq_20": "NQ, of 20 passages",
+    "nq_100": "of 100",
+    "nq_1000": "of 1,000",
+    "hotpotqa": "HotpotQA, 2 of 10 paragraphs",
+    "qmsum": "QMSum, gold turns of a meeting",
+    "needles": "facts in 12,000 tokens",
+    "examples": "other words, `examples`",
+    "debian_docs": "other words, `debian_docs`",
+}
+RANKERS = {
+    "bm25": "BM25",
+    "minilm": "MiniLM",
+    "words+likelihood": "words+likelihood: `spans`",
+    "words+keys+likelihood": "words+keys+likelihood: `kv_retrieval`",
+    "words+minilm+likelihood": "words+minilm+likelihood: `spans --embed minilm`",
+}
 
 
 def interval(value: float, low: float, high: float, digits: int = 2) -> str:
@@ -187,6 +207,25 @@ def quality(cell: Any) -> str:
     return f"{same}, {cell['nll_rise']['mean']:+.1%}, {cell['score']['mean']:.2f}"
 
 
+def retrieval() -> str:
+    result = load("retrieval")
+    sets = result["sets"]
+    names = dict.fromkeys(ranker for one in sets.values() for ranker in one["rankers"])
+    heads = [FOUND_IN[name] for name in sets]
+    lines = [f"| R@1, R@5, R@20 (questions) | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for name in names:
+        cells = [recalls(one["rankers"].get(name)) for one in sets.values()]
+        lines.append(f"| {RANKERS.get(name, name)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"`{result['command']}`"])
+
+
+def recalls(cell: Any) -> str:
+    if cell is None:
+        return ""
+    found = [interval(*cell["R@1"]), *(f"{cell[at][0]:.2f}" for at in ("R@5", "R@20"))]
+    return f"{', '.join(found)} ({cell['questions']})"
+
+
 def figures() -> str:
     parts = []
     tables = {"finding": finding, "answering": answering, "startup": startup, "planned": planned}
@@ -198,7 +237,8 @@ def figures() -> str:
 
 def main() -> None:
     written = text = README.read_text(encoding="utf-8")
-    for name, block in (("figures", figures()), ("attention", attention() + "\n")):
+    blocks = {"figures": figures(), "attention": attention() + "\n", "retrieval": retrieval() + "\n"}
+    for name, block in blocks.items():
         start, end = MARKS[name]
         before, rest = written.split(start)
         _, after = rest.split(end)

@@ -70,6 +70,17 @@ class Reader(Protocol):
         ...
 
 
+class Embedder(Protocol):
+    """A small model that puts texts of one meaning near one another, whatever their words."""
+
+    async def similarities(self, question: str, texts: Sequence[str]) -> Scores:
+        """The cosine of the question's vector with that of each text, from -1.0 to 1.0.
+
+        The vector of each text is made once and kept. None of the tokens is the model's of the run.
+        """
+        ...
+
+
 class KVIndex(Protocol):
     """Passages whose keys and values a local model has kept: found by their keys, and answered from without
     being read again. Passages are told apart by their text, so one that changed is another one.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from langchain_core.messages import BaseMessage
 
 from agentctx.memory.types import Budget, Chunk, Document, Span
-from agentctx.workflows.ports import Counter, KVIndex, Reader
+from agentctx.workflows.ports import Counter, Embedder, KVIndex, Reader
 from agentctx.workflows.profile import ModelProfile
 from agentctx.workflows.roles import Role
 from agentctx.workflows.split import split_many
@@ -35,6 +35,7 @@ class Scope:
     reader: Reader | None = None
     budget: Budget = Budget()
     index: KVIndex | None = None
+    embedder: Embedder | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:

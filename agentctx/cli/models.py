@@ -25,10 +25,11 @@ def ls(json: Json = False) -> None:
     from agentctx.models.catalog import installed
 
     models = installed(Paths.default())
-    head = ("name", "here", "window", "reliable", "MB", "licence", "sha256")
+    head = ("name", "does", "here", "window", "reliable", "MB", "licence", "sha256")
     rows = [
         (
             m.name,
+            m.does,
             "yes" if m.ready else "no",
             f"{m.context or 'unknown'}",
             f"{m.reliable or 'unknown'}",

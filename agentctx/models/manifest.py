@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agentctx.memory.errors import ModelError
-from agentctx.models.disk import write_atomic
+from agentctx.models.disk import flush, write_atomic
 
 NAME = "manifest.json"
 CONVERTED = "gguf-"  # a folder made of a GGUF file of the user: this, and the beginning of the file's SHA-256
@@ -75,6 +76,16 @@ class Manifest:
 
     def _json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+
+def seal(part: Path, target: Path, *, name: str, source: str, dtype: str) -> None:
+    """Write the manifest of the folder `part`, whose files are whole, and give it its name `target`."""
+    for path in part.iterdir():
+        path.chmod(0o600)
+        flush(path)
+    Manifest.of(part, name=name, source=source, dtype=dtype).write(part)
+    os.replace(part, target)
+    flush(target.parent)
 
 
 def sha256(path: Path) -> str:

