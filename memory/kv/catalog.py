@@ -103,9 +103,27 @@ class Catalog:
         return [one for one in self.passages().values() if one.name not in used]
 
     def leave(self, roots: Iterable[str]) -> None:
-        """Forget these paths; their passages stay until `drop`."""
+        """Forget these paths, and that they are pinned; their passages stay until `drop`."""
+        rows = [(root,) for root in roots]
         with self.database.write() as db:
-            db.executemany("DELETE FROM documents WHERE root = ?", [(root,) for root in roots])
+            db.executemany("DELETE FROM documents WHERE root = ?", rows)
+            db.executemany("DELETE FROM facts WHERE name = 'pinned ' || ?", rows)
+
+    def pinned(self) -> list[str]:
+        """The paths whose KV stays on disk."""
+        rows = self.database.rows("SELECT substr(name, 8) FROM facts WHERE name LIKE 'pinned %' ORDER BY name")
+        return [root for (root,) in rows]
+
+    def pin(self, root: str) -> None:
+        self.state({f"pinned {root}": b""})
+
+    def unpin(self, root: str) -> None:
+        with self.database.write() as db:
+            db.execute("DELETE FROM facts WHERE name = 'pinned ' || ?", (root,))
+
+    def blocks(self, root: str) -> list[str]:
+        """The blocks of all that was read of a path."""
+        return [name for one in self.listed(root).passages for name in one.blocks]
 
     def drop(self, passages: Iterable[Passage]) -> None:
         with self.database.write() as db:

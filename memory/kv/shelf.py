@@ -4,8 +4,9 @@
     root/<model>/about.json         the model's name and the bytes of a token
     root/<model>/ab/ab3f….kv        a block
 
-The least recently used files leave first; the times are those of the files. Every change of what is there is
-made under the lock, so the budget holds for all processes together. A file is renamed into place when it is
+The least recently used files leave first; the times are those of the files. A file that nobody may write is
+pinned: it does not leave. Every change of what is there is made under the lock, so the budget holds for all
+processes together. A file is renamed into place when it is
 whole. Nothing waits for the disk to be flushed: who reads a file checks it, and can do without.
 """
 
@@ -15,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +30,8 @@ from agentctx.memory.errors import StoreError
 
 SUFFIX = ".kv"
 AHEAD = 0.05  # of the budget, freed beyond what is needed: else every file would look at all others
+FULL = 0.9  # of the budget that pinned files may take: the rest is for what is read meanwhile
+OPEN, PINNED = 0o600, 0o400  # modes of files
 REMEDY = "free some space, lower kv_bytes, or set AGENTCTX_HOME to another disk"
 
 
@@ -58,7 +62,7 @@ class Shelf:
     def add(self, path: Path, data: bytes) -> None:
         """Write a file, making room first; one that is there stays.
 
-        Raises StoreError (no_space, unwritable) and leaves no part of a file.
+        Raises StoreError (no_space, unwritable) and leaves no part of a file; pinned files take no_space, too.
         """
         if len(data) > self.budget:
             message = f"a KV block of {len(data):,} bytes exceeds the budget of {self.budget:,}"
@@ -92,6 +96,35 @@ class Shelf:
             with suppress(OSError):
                 os.utime(path, ns=(now - age, now - age))
 
+    def pinned(self) -> dict[Path, int]:
+        """The pinned files, with their sizes."""
+        return {path: status.st_size for path, status in _files(self.root) if _is_pinned(status)}
+
+    def pin(self, paths: Iterable[Path]) -> None:
+        """These files stay until they are deleted by name; those that are not there are passed over.
+
+        Raises StoreError (no_space), with none of them pinned, where all that is pinned would take more than
+        `FULL` of the budget; unwritable.
+        """
+        with _explained(), self._locked():
+            sizes = {path: path.stat().st_size for path in set(paths) if path.exists()}
+            total = sum((self.pinned() | sizes).values())
+            if total > FULL * self.budget:
+                raise StoreError(
+                    f"{total:,} bytes of KV would be pinned, {FULL:.0%} of {self.budget:,} can be",
+                    code="no_space",
+                    hint="raise kv_bytes, or unpin another path (agentctx index ls)",
+                )
+            for path in sizes:
+                path.chmod(PINNED)
+
+    def unpin(self, paths: Iterable[Path]) -> None:
+        """These files leave as others do. Raises StoreError (unwritable)."""
+        with _explained(), self._locked():
+            for path in set(paths):
+                with suppress(FileNotFoundError):
+                    path.chmod(OPEN)
+
     def introduce(self, model: str, name: str, token_bytes: int) -> None:
         """Write down what the folder of a model is."""
         about = {"name": name, "token_bytes": token_bytes}
@@ -111,30 +144,19 @@ class Shelf:
         held = self.held()
         wanted = {one.model for one in held} if models is None else set(models)
         freed = 0
-        try:
-            with self._locked() as count:
-                for one in held:
-                    if wanted & {one.model, one.name}:
-                        shutil.rmtree(self.root / one.model)
-                        freed += one.bytes
-                count.set(self.used_bytes)
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
-            ) from error
+        with _explained(), self._locked() as count:
+            for one in held:
+                if wanted & {one.model, one.name}:
+                    shutil.rmtree(self.root / one.model)
+                    freed += one.bytes
+            count.set(self.used_bytes)
         return freed
 
     def delete(self, paths: Iterable[Path]) -> int:
         """Delete these files; returns the bytes freed. Raises StoreError (unwritable)."""
-        freed = 0
-        try:
-            with self._locked() as count:
-                freed = sum(_delete(path) for path in paths)
-                count.set(self.used_bytes)
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
-            ) from error
+        with _explained(), self._locked() as count:
+            freed = sum(_delete(path) for path in paths)
+            count.set(self.used_bytes)
         return freed
 
     @contextmanager
@@ -152,14 +174,21 @@ class Shelf:
             yield count
 
     def _make_room(self, wanted: int) -> int:
-        """Delete the oldest files; returns the bytes that are left."""
+        """Delete the oldest files; returns the bytes that are left. Raises StoreError if none can be."""
         found = sorted(_files(self.root), key=lambda file: file[1].st_mtime_ns)
         total = sum(status.st_size for _, status in found)
-        limit = max(self.budget * (1 - AHEAD), wanted)
-        for path, _ in found:
+        pinned = sum(status.st_size for _, status in found if _is_pinned(status))
+        if pinned + wanted > self.budget:
+            raise StoreError(
+                f"{pinned:,} of {self.budget:,} bytes of KV are pinned: {wanted:,} more do not fit",
+                code="no_space",
+                hint="raise kv_bytes, or unpin a path (agentctx index ls)",
+            )
+        limit = max(self.budget * (1 - AHEAD), pinned + wanted)
+        for path, status in found:
             if total + wanted <= limit:
                 break
-            total -= _delete(path)
+            total -= 0 if _is_pinned(status) else _delete(path)
         return total
 
 
@@ -173,6 +202,20 @@ class _Count:
     def set(self, count: int) -> None:
         self.bytes = count
         os.pwrite(self._handle, f"{count:<31}\n".encode(), 0)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the system refuses, as StoreError."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename} cannot be changed: {error.strerror}"
+        raise StoreError(message, code="unwritable") from error
+
+
+def _is_pinned(status: os.stat_result) -> bool:
+    return not status.st_mode & stat.S_IWUSR
 
 
 def _files(root: Path, models: str = "*") -> Iterator[tuple[Path, os.stat_result]]:

@@ -11,7 +11,8 @@ bytes. The checksum is verified when a file is read: a damaged block counts as a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -93,6 +94,14 @@ class BlockStore:
     def files(self, names: Sequence[str]) -> list[Path]:
         """Where these blocks are, or would be."""
         return [self._path(name) for name in names]
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of those of these blocks that are there."""
+        found = 0
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += self._path(name).stat().st_size
+        return found
 
     def used(self, names: Sequence[str]) -> None:
         """These blocks of one text, in its order, were used now."""
