@@ -47,6 +47,7 @@ def add(
     include: Annotated[list[str] | None, typer.Option(help="Only these files.", metavar="GLOB")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not these files.", metavar="GLOB")] = None,
     offline: Annotated[bool | None, typer.Option("--offline/--no-offline", help="No downloads.")] = None,
+    max_files: Annotated[int, typer.Option(help="Of a directory.")] = 10_000,
     pin: Annotated[bool, typer.Option("--pin", help="Its KV never leaves the disk to make room.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress line.")] = False,
     json: Json = False,
@@ -61,7 +62,7 @@ def add(
     settings = Settings.load({"model": model, "offline": offline})
     if settings.ephemeral:
         raise ConfigError("ephemeral keeps nothing on disk", hint="leave it out to index")
-    selection = Selection(include=tuple(include or ()), exclude=tuple(exclude or ()))
+    selection = Selection(include=tuple(include or ()), exclude=tuple(exclude or ()), max_files=max_files)
     found = {path: open_documents([path], selection=selection) for path in paths}
     progress = Progress(enabled=not no_progress and sys.stderr.isatty())
     rows = []

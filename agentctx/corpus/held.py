@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from agentctx.memory.errors import InputError, StoreError
 from agentctx.memory.kv import catalog
 from agentctx.memory.kv.catalog import Catalog, Listed
 from agentctx.memory.kv.store import BlockStore
+from agentctx.memory.selection import Selection
 from agentctx.memory.vectors import SCHEMA, Vectors
 from agentctx.paths import Paths
 
@@ -220,7 +222,8 @@ def _verified(paths: Paths, folder: Path, roots: Sequence[str]) -> Iterator[Prob
 def _documents(found: Catalog, root: str) -> Iterator[Problem]:
     """What is at a path now against what was there."""
     try:
-        now = {one.source: one.id for one in open_documents([root]).documents}
+        everything = Selection(max_files=sys.maxsize)
+        now = {one.source: one.id for one in open_documents([root], selection=everything).documents}
     except InputError as error:
         now = {}
         if os.path.exists(root):

@@ -109,7 +109,7 @@ class Index:
         """
         cut = {one.source: (one.id, self._passages(one)) for one in documents}
         names = {source: (id_, [passage_name(x) for x in texts]) for source, (id_, texts) in cut.items()}
-        self.catalog.enter(root, names)
+        replaced = self.catalog.enter(root, names)
         if pin:
             self._pin(root)
             self.catalog.pin(root)
@@ -117,7 +117,8 @@ class Index:
         fresh = [text for text, held in zip(texts, self.held(texts), strict=True) if not held]
         try:
             computed = self._read_all(fresh, cancel, progress) if fresh else 0
-            prune(self.catalog, self.vectors, self.store)
+            if replaced:
+                prune(self.catalog, self.vectors, self.store)
         finally:
             self.vectors.settle()
             if root in self.catalog.pinned():
