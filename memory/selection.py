@@ -15,7 +15,8 @@ class Selection:
 
     `include` and `exclude` are .gitignore patterns. `encodings` are "GLOB=NAME" pairs, the first glob that
     matches a file's name or path decides, also for files that were named. `max_file_bytes` replaces the
-    limits of the formats; of each directory `max_files` are read. Raises ConfigError for an encoding that does not exist.
+    limits of the formats; of each directory `max_files` are read. Raises ConfigError for an encoding that
+    does not exist.
     """
 
     include: tuple[str, ...] = ()

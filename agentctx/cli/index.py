@@ -1,4 +1,4 @@
-"""`agentctx index PATH...`, `ls`, `rm`, `pin`, `unpin`, `verify`: directories whose KV a local model keeps for questions."""
+"""`agentctx index PATH...`, `ls`, `rm`, `pin`, `unpin`, `verify`: directories whose KV a local model keeps."""
 
 from __future__ import annotations
 
@@ -146,7 +146,12 @@ def pin(paths: Named, json: Json = False) -> None:
     missing = pin(Paths.default(), roots, budget=Settings.load({}).kv_bytes)
     if missing:
         print(f"warning: {missing} passages are not on disk any more (agentctx index PATH)", file=sys.stderr)
-    show({"pinned": roots, "missing": missing}, [f"pinned: {root}" for root in roots], "index pin", as_json=json)
+    show(
+        {"pinned": roots, "missing": missing},
+        [f"pinned: {root}" for root in roots],
+        "index pin",
+        as_json=json,
+    )
 
 
 @app.command("unpin")

@@ -1,4 +1,4 @@
-"""Tokens of a passage that are computed anew where it stands (after CacheBlend, Yao et al., arXiv 2405.16444).
+"""Tokens of a passage, computed anew where it stands (after CacheBlend, Yao et al., arXiv 2405.16444).
 
 A passage that was read by itself did not see what stands before it now. The first layer, computed for all of
 it here, says for which of its tokens that makes a difference to the second, and only those go through all

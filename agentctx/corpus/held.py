@@ -29,7 +29,8 @@ DATABASE = "index.db"
 class Held:
     """One indexed path of one model: `kept` of its `passages` are on disk, in `bytes` of KV.
 
-    `pinned`: they do not leave it to make room. `problem`: why nothing else is known of the index in `folder`.
+    `pinned`: they do not leave it to make room. `problem`: why nothing else is known of the index in
+    `folder`.
     """
 
     model: str

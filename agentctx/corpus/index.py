@@ -154,9 +154,9 @@ class Index:
         self.store.shelf.pin(self.store.files(self.catalog.blocks(root)))
 
     def _room(self) -> int:
-        """Bytes that more passages may take, beside those there are and what is pinned; others leave first."""
+        """Bytes that more passages may take, beside what there is of them and what is pinned."""
         names = [name for one in self.catalog.passages().values() for name in one.blocks]
-        self.store.used(names)
+        self.store.used(names)  # other texts leave first
         shelf = self.store.shelf
         pinned = shelf.pinned()
         other = sum(pinned[path] for path in pinned.keys() - set(self.store.files(names)))

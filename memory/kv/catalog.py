@@ -114,7 +114,9 @@ class Catalog:
 
     def pinned(self) -> list[str]:
         """The paths whose KV stays on disk."""
-        rows = self.database.rows("SELECT substr(name, 8) FROM facts WHERE name LIKE 'pinned %' ORDER BY name")
+        rows = self.database.rows(
+            "SELECT substr(name, 8) FROM facts WHERE name LIKE 'pinned %' ORDER BY name"
+        )
         return [root for (root,) in rows]
 
     def pin(self, root: str) -> None:

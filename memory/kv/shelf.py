@@ -62,7 +62,8 @@ class Shelf:
     def add(self, path: Path, data: bytes) -> None:
         """Write a file, making room first; one that is there stays.
 
-        Raises StoreError (no_space, unwritable) and leaves no part of a file; pinned files take no_space, too.
+        Raises StoreError (no_space, also where what is pinned leaves none; unwritable) and leaves no part of
+        a file.
         """
         if len(data) > self.budget:
             message = f"a KV block of {len(data):,} bytes exceeds the budget of {self.budget:,}"
