@@ -1,4 +1,4 @@
-"""`agentctx index PATH...`, `ls`, `rm`, `pin`, `unpin`, `verify`: directories whose KV a local model keeps."""
+"""`agentctx index PATH...`, `ls`, `rm`, `pin`, `unpin`, `verify`: what a local model has read and keeps."""
 
 from __future__ import annotations
 

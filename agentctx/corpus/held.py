@@ -134,8 +134,7 @@ def loosen(found: Catalog, store: BlockStore) -> None:
     """Of what an index holds, only that stays pinned on disk which it says is. Raises StoreError."""
     stay = {name for root in found.pinned() for name in found.blocks(root)}
     own = {name for one in found.passages().values() for name in one.blocks}
-    pinned = store.shelf.pinned()
-    store.shelf.unpin(path for path in store.files(sorted(own - stay)) if path in pinned)
+    store.shelf.unpin(store.shelf.pinned().intersection(store.files(sorted(own - stay))))
 
 
 def prune(found: Catalog, vectors: Vectors, store: BlockStore) -> int:

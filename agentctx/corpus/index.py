@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +108,14 @@ class Index:
         do not fit the budget of KV, unwritable; what was indexed until then stays.
         """
         cut = {one.source: (one.id, self._passages(one)) for one in documents}
+        tokens = {text: count for _, found in cut.values() for text, count in found.items()}
         names = {source: (id_, [passage_name(x) for x in texts]) for source, (id_, texts) in cut.items()}
         replaced = self.catalog.enter(root, names)
         if pin:
             self._pin(root)
             self.catalog.pin(root)
-        texts = list(dict.fromkeys(text for _, found in cut.values() for text in found))
-        fresh = [text for text, held in zip(texts, self.held(texts), strict=True) if not held]
+        held = zip(tokens, self.held(list(tokens)), strict=True)
+        fresh = {text: tokens[text] for text, there in held if not there}
         try:
             computed = self._read_all(fresh, cancel, progress) if fresh else 0
             if replaced:
@@ -124,24 +125,24 @@ class Index:
             if root in self.catalog.pinned():
                 self._pin(root)
                 loosen(self.catalog, self.store)  # what was in it before
-        return Added(len(texts), len(fresh), computed, tuple(self._told()))
+        return Added(len(tokens), len(fresh), computed, tuple(self._told()))
 
     def _read_all(
         self,
-        fresh: Sequence[str],
+        fresh: Mapping[str, int],
         cancel: threading.Event | None,
         progress: Callable[[int, int], None] | None,
     ) -> int:
-        """Read these passages, a few at a time; returns the tokens computed."""
-        total = sum(map(self.counter.count_text, fresh))
+        """Read these passages, given with their tokens, a few at a time; returns the tokens computed."""
+        texts, total = list(fresh), sum(fresh.values())
         at = done = computed = 0
         room = self._room()
-        while at < len(fresh) and not (cancel is not None and cancel.is_set()):
-            batch = fresh[at : at + TOGETHER]
+        while at < len(texts) and not (cancel is not None and cancel.is_set()):
+            batch = texts[at : at + TOGETHER]
             count = self._fitting(batch, room)
             if not count:
-                raise self._full(len(fresh) - at)
-            read, new = self._read(batch[:count])
+                raise self._full(len(texts) - at)
+            read, new = self._read({text: fresh[text] for text in batch[:count]})
             at += count
             room -= self._bytes(read)
             computed += new
@@ -155,12 +156,10 @@ class Index:
 
     def _room(self) -> int:
         """Bytes that more passages may take, beside what there is of them and what is pinned."""
-        names = [name for one in self.catalog.passages().values() for name in one.blocks]
-        self.store.used(names)  # other texts leave first
         shelf = self.store.shelf
-        pinned = shelf.pinned()
-        other = sum(pinned[path] for path in pinned.keys() - set(self.store.files(names)))
-        return int(shelf.budget * FULL) - other - self.store.size(set(names))
+        paths = self.store.files([name for one in self.catalog.passages().values() for name in one.blocks])
+        shelf.touch(paths)  # other texts leave first
+        return int(shelf.budget * FULL) - shelf.taken(set(paths))
 
     def held(self, texts: Sequence[str]) -> list[bool]:
         names = [passage_name(text) for text in texts]
@@ -203,11 +202,13 @@ class Index:
                 values[place] = hit.score
         return Scores(tuple(values), computed, reused, tuple(self._told()))
 
-    def _read(self, texts: Sequence[str]) -> tuple[list[Passage], int]:
-        """Read passages and make them part of the index; returns them and the tokens computed."""
-        ids = self.reader.held_as(texts)
+    def _read(self, texts: Mapping[str, int]) -> tuple[list[Passage], int]:
+        """Read passages, given with their tokens, and make them part of the index; returns them and the tokens
+        computed.
+        """
+        ids = self.reader.held_as(list(texts))
         passages = [
-            Passage(passage_name(text), self.counter.count_text(text), tuple(self.engine.kept(one, KEEP)))
+            Passage(passage_name(text), texts[text], tuple(self.engine.kept(one, KEEP)))
             for text, one in ids.items()
         ]
         with self._holding(list(ids.values())) as contexts:
@@ -257,10 +258,11 @@ class Index:
                 hint="agentctx index rm --all, and index again",
             )
 
-    def _passages(self, document: Document) -> list[str]:
+    def _passages(self, document: Document) -> dict[str, int]:
+        """The passages of a document, with their tokens."""
         chunks = split(document, self.passage_tokens, self.counter)
-        texts = (document.text[one.span.start : one.span.end] for one in chunks)
-        return [text for text in texts if text.strip()]
+        found = ((document.text[one.span.start : one.span.end], one.tokens) for one in chunks)
+        return {text: tokens for text, tokens in found if text.strip()}
 
     def _asked(self, question: str) -> list[int]:
         return [*self.before, *self.chat.template.encode_text(question.strip())]

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -97,9 +97,15 @@ class Shelf:
             with suppress(OSError):
                 os.utime(path, ns=(now - age, now - age))
 
-    def pinned(self) -> dict[Path, int]:
-        """The pinned files, with their sizes."""
-        return {path: status.st_size for path, status in _files(self.root) if _is_pinned(status)}
+    def pinned(self) -> set[Path]:
+        """The pinned files."""
+        return {path for path, status in _files(self.root) if _is_pinned(status)}
+
+    def taken(self, paths: Collection[Path]) -> int:
+        """Bytes of these files, where they are there, and of all that are pinned."""
+        return sum(
+            status.st_size for path, status in _files(self.root) if path in paths or _is_pinned(status)
+        )
 
     def pin(self, paths: Iterable[Path]) -> None:
         """These files stay until they are deleted by name; those that are not there are passed over.
@@ -108,15 +114,14 @@ class Shelf:
         `FULL` of the budget; unwritable.
         """
         with _explained(), self._locked():
-            sizes = {path: path.stat().st_size for path in set(paths) if path.exists()}
-            total = sum((self.pinned() | sizes).values())
-            if total > FULL * self.budget:
+            wanted = {path for path in paths if path.exists()}
+            if (total := self.taken(wanted)) > FULL * self.budget:
                 raise StoreError(
                     f"{total:,} bytes of KV would be pinned, {FULL:.0%} of {self.budget:,} can be",
                     code="no_space",
                     hint="raise kv_bytes, or unpin another path (agentctx index ls)",
                 )
-            for path in sizes:
+            for path in wanted:
                 path.chmod(PINNED)
 
     def unpin(self, paths: Iterable[Path]) -> None:

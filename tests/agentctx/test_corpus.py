@@ -251,7 +251,7 @@ def test_what_is_pinned_stays_when_other_texts_need_room(roomy, paths):
     assert not any(index.held(mine))
     assert held.pin(paths, ["pinned"], budget=budget) == len(mine)  # are to be read again
     index.add("pinned", documents(2))
-    assert index.store.shelf.pinned().keys() == set(index.store.files(index.catalog.blocks("pinned")))
+    assert index.store.shelf.pinned() == set(index.store.files(index.catalog.blocks("pinned")))
 
 
 def test_a_pin_that_does_not_fit_is_refused_and_nothing_is_pinned(roomy, paths):
@@ -277,7 +277,7 @@ def test_what_leaves_a_pinned_path_is_pinned_no_more(roomy, paths):
     index.add("pinned", documents(2), pin=True)
     index.add("open", documents(1))
     index.add("pinned", documents(1, first=1))
-    pinned = index.store.shelf.pinned().keys()
+    pinned = index.store.shelf.pinned()
     assert pinned == set(index.store.files(index.catalog.blocks("pinned")))
     assert all(index.held(texts_of(index, documents(1))))
     held.remove(paths, ["pinned"])
