@@ -188,6 +188,8 @@ class Index:
         return ComposedChat(**fields, kept=kept, keep=KEEP)
 
     def _nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        if self.catalog.fact("measure") is None:  # whoever indexed was stopped before anything was read
+            return Scores((float("-inf"),) * len(texts), 0, 0)
         ids = self._asked(question)
         with self._holding([ids], False) as (context,):
             count = len(ids) - len(self.before)
@@ -203,8 +205,8 @@ class Index:
         return Scores(tuple(values), computed, reused, tuple(self._told()))
 
     def _read(self, texts: Mapping[str, int]) -> tuple[list[Passage], int]:
-        """Read passages, given with their tokens, and make them part of the index; returns them and the tokens
-        computed.
+        """Read passages, given with their tokens, and make them part of the index; returns them and what was
+        computed, in tokens.
         """
         ids = self.reader.held_as(list(texts))
         passages = [

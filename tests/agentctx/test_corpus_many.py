@@ -1,5 +1,6 @@
 """An index of thousands of small documents: its work grows with them, and no batch looks at all of them."""
 
+import asyncio
 import os
 import threading
 from collections import Counter
@@ -81,3 +82,5 @@ def test_stopped_before_it_read_anything_it_holds_nothing(tiny_model, paths):
     assert (added.fresh, added.computed_tokens) == (100, 0)
     assert not any(index.held([one.text for one in documents]))
     assert held.listed(paths)[0].passages == 100
+    near = asyncio.run(index.nearest("Which note?", [one.text for one in documents], 5))
+    assert set(near.values) == {float("-inf")}
