@@ -7,9 +7,12 @@ parts, each resumable: what is done stands in a JSON Lines file beside the outpu
 numbers goes on from there.
 
 - compose: the right passage among 1, 2, 4 or 8, at a drawn place. Read in one piece; composed of passages
-  that were read by themselves; composed with the first 16 tokens of each computed anew. The share of answers
-  that hold an accepted one, and how often composed KV gives the same likeliest token along the contiguous
-  answer. Intervals are 95 % bootstrap intervals over questions.
+  that were read by themselves; composed with tokens of each computed anew: its first 16, the .15 that change
+  most in their new place (`corpus.blend`), and .15 drawn at random, which these must beat. The share of
+  answers that hold an accepted one; along the contiguous answer, how often composed KV gives the same
+  likeliest token, and how far its distributions are (KL, nats); for the changed ones also the difference
+  from the others, question by question. Seconds are until the first token. Intervals are 95 % bootstrap
+  intervals over questions.
 - questions: an `ask` over a directory without and with an index, two questions each, tokens and seconds.
 - search: random unit vectors as blocks; median seconds of a search for the best 16.
 """
@@ -34,6 +37,7 @@ import torch
 
 from agentctx.api import Context
 from agentctx.corpus.attach import with_index
+from agentctx.corpus.chat import ComposedChat
 from agentctx.corpus.index import KEEP, Index
 from agentctx.memory.database import Database
 from agentctx.memory.documents import open_documents
@@ -41,11 +45,12 @@ from agentctx.memory.vectors import SCHEMA, Vectors
 from agentctx.models.load import Model, open_model
 from agentctx.models.local import LocalChat
 from agentctx.paths import Paths
-from agentctx.runtime.sampling import Sampling, generate
 from agentctx.workflows.roles import SHORT_ANSWER
 
 COUNTS = (1, 2, 4, 8)
 REPAIR = 16  # tokens
+SHARE = 0.15  # of a passage's tokens
+WAYS = ("contiguous", "composed", "first 16", "changed .15", "random .15")
 BLOCKS = (1_000, 10_000, 100_000)
 WIDTH = 576  # numbers of a vector of the embedded model
 ANSWER = 24  # tokens
@@ -66,53 +71,74 @@ def compose(index: Index, rows: Sequence[dict[str, Any]], count: int) -> Iterato
 
 
 def composed(index: Index, item: dict[str, Any]) -> dict[str, Any]:
-    """Answers to one item in three ways."""
+    """Answers to one item in all ways."""
     messages = SHORT_ANSWER.render(item["question"], [("", text) for text in item["chosen"]], "31415926")
     prompt = index.chat.template.encode(messages)
     with index._holding(list(index.reader.held_as(item["chosen"]).values())) as contexts:
         for context in contexts:
             index.engine.keep(context, KEEP)
-    index.engine.prefixes.clear()  # as in another process: KV comes from the disk
-    chats = {"contiguous": index.chat, "composed": index.composed(item["chosen"])}
-    chats["repaired"] = chats["composed"].model_copy(update={"repair": REPAIR})
-    found: dict[str, Any] = {"part": "compose", "id": item["id"], "passages": item["passages"]}
-    forced: list[int] = []
-    for name, chat in chats.items():
+    plain = index.composed(item["chosen"])
+    assert isinstance(plain, ComposedChat)
+    fields = {name: getattr(plain, name) for name in type(plain).model_fields} | {"recompute": 0.0}
+    index.engine.prefixes.clear()  # as in another process: KV comes from the disk, for the first way
+    chats: tuple[LocalChat, ...] = (
+        index.chat,
+        ComposedChat(**fields),
+        ComposedChat(**fields | {"repair": REPAIR}),
+        ComposedChat(**fields | {"recompute": SHARE}),
+        Drawn(**fields | {"recompute": SHARE}),
+    )
+    begun, found = [], {"part": "compose", "id": item["id"], "passages": item["passages"]}
+    for name, chat in zip(WAYS, chats, strict=True):
         began = time.perf_counter()
-        ids, same, computed = _answered(chat, prompt, forced)
-        forced = forced or ids
+        context, hidden = chat._begin(prompt, threading.Event())
+        assert hidden is not None
+        found[name] = {"computed": context.computed, "seconds": round(time.perf_counter() - began, 3)}
+        begun.append((context, hidden))
+    for name, (ids, same, divergence) in zip(WAYS, _answered(index, begun), strict=True):
         text = index.chat.weights.tokenizer.decode(ids).casefold()
         right = any(answer.casefold() in text for answer in item["answers"])
-        seconds = time.perf_counter() - began
-        found[name] = {"right": right, "same": same, "computed": computed, "seconds": round(seconds, 3)}
+        found[name] |= {"right": right, "same": round(same, 4), "kl": round(divergence, 5)}
     return found
 
 
-def _answered(chat: Any, prompt: list[int], forced: Sequence[int]) -> tuple[list[int], float, int]:
-    """The answer's tokens, the share of `forced` that is likeliest here too, and the tokens computed."""
-    assert isinstance(chat, LocalChat)
-    engine, ends = chat.weights.engine, chat.weights.ends
-    context, hidden = chat._begin(prompt, threading.Event())
-    assert hidden is not None
-    same, computed = 1.0, context.computed
-    try:
-        fork = context.fork()
-        found = []
-        going = threading.Event()
-        for token in generate(context, hidden, most=ANSWER, ends=ends, sampling=Sampling(), cancelled=going):
-            if token in ends:
-                break
-            found.append(token)
-        if forced:
-            states = [hidden[None]]
-            if len(forced) > 1:
-                states.append(engine.step([fork], torch.tensor([list(forced[:-1])]))[0])
-            likeliest = engine.logits(torch.cat(states)).argmax(-1).tolist()
-            same = sum(a == b for a, b in zip(likeliest, forced, strict=True)) / len(forced)
-        fork.close()
-    finally:
-        context.close()
-    return found, same, computed
+class Drawn(ComposedChat):
+    """As many tokens of each passage, drawn."""
+
+    def _far(self, context: Any, start: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.rand(k.shape[2], generator=torch.Generator().manual_seed(start))
+
+
+def _answered(
+    index: Index, begun: Sequence[tuple[Any, torch.Tensor]]
+) -> list[tuple[list[int], float, float]]:
+    """For each beginning, in one batch: its greedy answer, and along that of the first the share of tokens
+    that are likeliest here too and the mean divergence (nats) from what the first gives.
+    """
+    engine, ends = index.engine, index.chat.weights.ends
+    contexts = [context for context, _ in begun]
+    forks = [context.fork() for context in contexts]
+    states = torch.stack([hidden for _, hidden in begun])
+    first, answers = states, []
+    for _ in range(ANSWER):
+        answers.append(engine.logits(states).argmax(-1))
+        states = engine.step(contexts, answers[-1][:, None])[:, -1]
+    rows = []
+    for row in torch.stack(answers, 1).tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:end])
+    if not rows[0]:
+        rows[0] = [int(answers[0][0])]
+    along = torch.tensor([rows[0]] * len(rows))
+    known = [first[:, None]]
+    if along.shape[1] > 1:
+        known.append(engine.step(forks, along[:, :-1]))
+    logs = engine.logits(torch.cat(known, 1)).log_softmax(-1)
+    for one in (*contexts, *forks):
+        one.close()
+    same = (logs.argmax(-1) == along).float().mean(1).tolist()
+    apart = (logs[0].exp() * (logs[0] - logs)).sum(-1).mean(1).tolist()
+    return list(zip(rows, same, apart, strict=True))
 
 
 def questions(data: Path, model: Model, paths: Paths, documents: int) -> list[dict[str, Any]]:
@@ -186,12 +212,20 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not mine:
             continue
         cell: dict[str, Any] = {"n": len(mine)}
-        for name in ("contiguous", "composed", "repaired"):
+        for name in WAYS:
             cell[name] = {
                 "right": _interval([float(one[name]["right"]) for one in mine]),
                 "same_token": _interval([one[name]["same"] for one in mine]),
+                "kl": _interval([one[name]["kl"] for one in mine]),
                 "computed": round(statistics.mean(one[name]["computed"] for one in mine)),
+                "seconds": round(statistics.median(one[name]["seconds"] for one in mine), 3),
             }
+        for other in ("composed", "first 16", "random .15"):
+            gains = {
+                key: _interval([float(one["changed .15"][of]) - one[other][of] for one in mine])
+                for key, of in (("right", "right"), ("same_token", "same"), ("kl", "kl"))
+            }
+            cell[f"changed .15 less {other}"] = gains
         found[f"{passages} passages"] = cell
     return {
         "compose": found,

@@ -15,7 +15,8 @@ class Selection:
 
     `include` and `exclude` are .gitignore patterns. `encodings` are "GLOB=NAME" pairs, the first glob that
     matches a file's name or path decides, also for files that were named. `max_file_bytes` replaces the
-    limits of the formats. Raises ConfigError for an encoding that does not exist.
+    limits of the formats; of each directory `max_files` are read. Raises ConfigError for an encoding that
+    does not exist.
     """
 
     include: tuple[str, ...] = ()
@@ -24,6 +25,7 @@ class Selection:
     no_ignore: bool = False  # also what .gitignore leaves out
     encodings: tuple[str, ...] = ()
     max_file_bytes: int | None = None
+    max_files: int = 10_000
 
     def __post_init__(self) -> None:
         for pair in self.encodings:
@@ -34,6 +36,8 @@ class Selection:
                 raise ConfigError(f"unknown encoding {name!r}", hint="use a name that Python knows")
         if self.max_file_bytes is not None and self.max_file_bytes < 1:
             raise ConfigError(f"max_file_bytes must be at least 1, got {self.max_file_bytes}")
+        if self.max_files < 1:
+            raise ConfigError(f"max_files must be at least 1, got {self.max_files}")
 
     def encoding_of(self, source: str) -> str | None:
         """The encoding asked for `source`, None to detect it."""

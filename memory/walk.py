@@ -16,7 +16,6 @@ from agentctx.memory.errors import InputError
 from agentctx.memory.gitignore import Rules, check_pathspec, ignored, outer_rules, slashed
 from agentctx.memory.selection import Selection
 
-MAX_FILES = 10_000
 SECRET = re.compile(
     r"\.env.*|id_(rsa|dsa|ecdsa|ed25519)(?!.*\.pub).*|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx)", re.I
 )
@@ -33,19 +32,19 @@ class Walk:
     secrets: list[Path] = field(default_factory=list)  # left out because of their names
 
 
-def walk(root: Path, selection: Selection, *, max_files: int = MAX_FILES) -> Walk:
+def walk(root: Path, selection: Selection) -> Walk:
     """List the files below `root`. Unreadable folders, outward and broken links are `problems`."""
     check_pathspec()
-    found = _Walker(root.resolve(), selection, max_files)
+    found = _Walker(root.resolve(), selection)
     found.run()
     return found.result
 
 
 class _Walker:
-    def __init__(self, root: Path, selection: Selection, max_files: int) -> None:
+    def __init__(self, root: Path, selection: Selection) -> None:
         self.result = Walk(root)
         self.selection = selection
-        self.max_files = max_files
+        self.max_files = selection.max_files
         self.include = Rules.of(selection.include, slashed(root))
         self.exclude = Rules.of(selection.exclude, slashed(root))
         self.seen: set[str] = set()  # real paths of folders and files that were met
@@ -65,7 +64,7 @@ class _Walker:
                     f"more than {self.max_files:,} files, read {self.max_files:,} of them",
                     code="too_large",
                     source=self._name(str(result.root)),
-                    hint="name fewer folders, or use --include and --exclude",
+                    hint="name fewer folders, use --include and --exclude, or raise --max-files",
                 )
             )
 

@@ -13,6 +13,7 @@ input gives the same cut.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,13 +155,18 @@ class _Boundaries:
     """Where a document may be cut, by rank."""
 
     def __init__(self, document: Document) -> None:
+        self._document = document
         self._text = document.text
-        structure = {place.start for place in document.locators if place.kind in _STRUCTURE}
-        headings = {match.start() for match in _HEADING.finditer(document.text)}
-        self._ranks = (
+
+    @functools.cached_property
+    def _ranks(self) -> tuple[list[int], list[int], list[int]]:
+        """Not needed for a document that fits as it is."""
+        structure = {place.start for place in self._document.locators if place.kind in _STRUCTURE}
+        headings = {match.start() for match in _HEADING.finditer(self._text)}
+        return (
             sorted(structure | headings),
-            [match.end() for match in _PARAGRAPH.finditer(document.text)],
-            [start for start, _ in sentences(document.text)],
+            [match.end() for match in _PARAGRAPH.finditer(self._text)],
+            [start for start, _ in sentences(self._text)],
         )
 
     def best_first(self, floor: int, end: int) -> Iterator[int]:

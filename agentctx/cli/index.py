@@ -1,4 +1,4 @@
-"""`agentctx index PATH...`, `ls`, `rm`, `verify`: directories whose KV a local model keeps for questions."""
+"""`agentctx index PATH...`, `ls`, `rm`, `pin`, `unpin`, `verify`: what a local model has read and keeps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from agentctx.memory.errors import ConfigError, InputError
 from agentctx.paths import Paths
 
 ADD = "add"
+Named = Annotated[list[str], typer.Argument(metavar="PATH...", help="As they were indexed.")]
 Indexed = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="As they were indexed.")]
 
 
@@ -46,6 +47,8 @@ def add(
     include: Annotated[list[str] | None, typer.Option(help="Only these files.", metavar="GLOB")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not these files.", metavar="GLOB")] = None,
     offline: Annotated[bool | None, typer.Option("--offline/--no-offline", help="No downloads.")] = None,
+    max_files: Annotated[int, typer.Option(help="Of a directory.")] = 10_000,
+    pin: Annotated[bool, typer.Option("--pin", help="Its KV never leaves the disk to make room.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress line.")] = False,
     json: Json = False,
 ) -> None:
@@ -59,7 +62,7 @@ def add(
     settings = Settings.load({"model": model, "offline": offline})
     if settings.ephemeral:
         raise ConfigError("ephemeral keeps nothing on disk", hint="leave it out to index")
-    selection = Selection(include=tuple(include or ()), exclude=tuple(exclude or ()))
+    selection = Selection(include=tuple(include or ()), exclude=tuple(exclude or ()), max_files=max_files)
     found = {path: open_documents([path], selection=selection) for path in paths}
     progress = Progress(enabled=not no_progress and sys.stderr.isatty())
     rows = []
@@ -77,7 +80,7 @@ def add(
         index = Index.open(Paths.default().index, opened)
         for path, corpus in found.items():
             shown = _timed(progress, path)
-            added = index.add(os.path.realpath(path), corpus.documents, progress=shown)
+            added = index.add(os.path.realpath(path), corpus.documents, progress=shown, pin=pin)
             rows.append({"path": path, "documents": len(corpus.documents), **asdict(added)})
     finally:
         progress.clear()
@@ -108,10 +111,11 @@ def ls(json: Json = False) -> None:
             one.problem or f"{one.kept}/{one.passages}",
             f"{one.tokens}",
             f"{one.bytes / 1e6:.1f}",
+            "yes" if one.pinned else "",
         )
         for one in found
     ]
-    lines = columns([("path", "model", "documents", "passages kept", "tokens", "MB"), *rows])
+    lines = columns([("path", "model", "documents", "passages kept", "tokens", "MB", "pinned"), *rows])
     show({"indexes": [asdict(one) for one in found]}, lines, "index ls", as_json=json)
 
 
@@ -128,6 +132,34 @@ def rm(
         raise ConfigError("name paths, or pass --all", hint="agentctx index ls")
     freed = remove(Paths.default(), None if every else [os.path.realpath(path) for path in paths or ()])
     show({"freed": freed}, [f"{freed / 1e6:.1f} MB freed"], "index rm", as_json=json)
+
+
+@app.command("pin")
+def pin(paths: Named, json: Json = False) -> None:
+    """Keep the KV of indexed paths on disk, whatever else is read; `kv_bytes` still holds."""
+    from agentctx.corpus.held import pin
+    from agentctx.settings import Settings
+
+    roots = [os.path.realpath(path) for path in paths]
+    missing = pin(Paths.default(), roots, budget=Settings.load({}).kv_bytes)
+    if missing:
+        print(f"warning: {missing} passages are not on disk any more (agentctx index PATH)", file=sys.stderr)
+    show(
+        {"pinned": roots, "missing": missing},
+        [f"pinned: {root}" for root in roots],
+        "index pin",
+        as_json=json,
+    )
+
+
+@app.command("unpin")
+def unpin(paths: Named, json: Json = False) -> None:
+    """Let the KV of indexed paths make room again."""
+    from agentctx.corpus.held import unpin
+
+    roots = [os.path.realpath(path) for path in paths]
+    unpin(Paths.default(), roots)
+    show({"unpinned": roots}, [f"unpinned: {root}" for root in roots], "index unpin", as_json=json)
 
 
 @app.command("verify")

@@ -117,6 +117,7 @@ class Options(OutputOptions):
         list[str] | None, Option(help="Such as '*.txt=cp1252'.", rich_help_panel=INPUT, metavar="GLOB=NAME")
     ] = None
     max_file_bytes: Annotated[int | None, Option(help="Skip larger files.", rich_help_panel=INPUT)] = None
+    max_files: Annotated[int, Option(help="Of a directory.", rich_help_panel=INPUT)] = 10_000
     strict_inputs: Annotated[
         bool, Option("--strict-inputs", help="Exit with 3 if a source is skipped.", rich_help_panel=INPUT)
     ] = False

@@ -27,6 +27,7 @@ def selection_of(options: Options) -> Selection:
         no_ignore=options.no_ignore,
         encodings=tuple(options.encoding or ()),
         max_file_bytes=options.max_file_bytes,
+        max_files=options.max_files,
     )
 
 

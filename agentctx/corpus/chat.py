@@ -9,18 +9,19 @@ computed.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from agentctx.corpus import blend
 from agentctx.memory.kv.dtype import Keep
 from agentctx.models.local import LocalChat
-from agentctx.reading.sources import Source, gathered
+from agentctx.reading.sources import appended
 from agentctx.runtime.context import Context
 
 EDGE = 4  # tokens at either end of a passage that may differ in a prompt
@@ -46,67 +47,61 @@ class Stretch(NamedTuple):
 class ComposedChat(LocalChat):
     """Made by `Index.composed`. What is kept of the passages is reused, whichever call has them.
 
-    `repair`: tokens at the beginning of each passage that are computed anew all the same.
+    `repair`: tokens at the beginning of each passage that are computed anew all the same. `recompute`: the
+    share of a passage's tokens that is, those which what stands before them changes most (`corpus.blend`).
     """
 
     kept: tuple[Kept, ...] = Field(exclude=True, repr=False)
     keep: Keep = True
     repair: int = 0
+    recompute: float = Field(0.0, ge=0, le=1)
 
     def _begin(self, prompt: list[int], cancelled: threading.Event) -> tuple[Context, Tensor | None]:
         known = list(stretches(prompt, self.kept, self.repair))
         if not known:
             return super()._begin(prompt, cancelled)
+        engine = self.weights.engine
+        engine.fits(len(prompt))
         ends = [*(one.start for one in known[1:]), len(prompt)]
-        context, hidden = self.weights.engine.begin(prompt[: known[0].start], keep=True, cancelled=cancelled)
-        computed, warnings = context.computed, list(context.warnings)
+        context, hidden = engine.begin(prompt[: known[0].start], keep=True, cancelled=cancelled)
         try:
             for one, end in zip(known, ends, strict=True):
                 if hidden is None:
                     break
-                source, read = self._source(one, cancelled)
-                computed += read.computed
-                warnings += read.warnings
-                if read.computed:
-                    warnings.append("a passage was not kept any more: it was read again")
-                context = self._followed(context, source, prompt[: one.end])
+                self._compose(context, one, prompt, cancelled)
                 if one.end < end:
                     hidden = context.feed(prompt[one.end : end], cancelled=cancelled)
-                    computed += end - one.end
         except BaseException:
             context.close()
             raise
-        context.computed, context.reused = computed, max(0, len(prompt) - computed)
-        context.warnings = list(dict.fromkeys(warnings))
+        context.reused = max(0, len(prompt) - context.computed)
+        context.warnings = list(dict.fromkeys(context.warnings))
         return context, hidden
 
-    def _source(self, one: Stretch, cancelled: threading.Event) -> tuple[Source, Context]:
-        """What is kept of a stretch, to be moved to its place, and what it took to hold it (closed)."""
-        engine = self.weights.engine
-        held = engine.read(one.kept.ids, keep=self.keep, cancelled=cancelled)
+    def _compose(
+        self, context: Context, one: Stretch, prompt: Sequence[int], cancelled: threading.Event
+    ) -> None:
+        """Go on with what is kept of a stretch, read again if it has to be."""
+        ids = prompt[one.start : one.end]
+        held = self.weights.engine.read(one.kept.ids, keep=self.keep, cancelled=cancelled)
         try:
-            past = Source.of(engine, held.table).past
+            context.computed += held.computed
+            context.warnings += held.warnings
+            if held.computed:
+                context.warnings.append("a passage was not kept any more: it was read again")
+            if len(held.ids) < one.first + len(ids):
+                return  # cancelled
+            k, v = appended(context, held.table, range(one.first, one.first + len(ids)))
+            context.ids += ids
+            if most := math.ceil(len(ids) * self.recompute):
+                places = self._far(context, one.start, k, v).topk(most).indices.cpu().sort().values
+                blend.compute_anew(context, places + one.start)
         finally:
             held.close()
-        at = torch.arange(len(held.ids))
-        used = (at >= one.first) & (at < one.first + one.end - one.start)
-        return Source(past, used, (at - one.first + one.start).clamp_min(0)), held
 
-    def _followed(self, context: Context, source: Source, ids: Sequence[int]) -> Context:
-        """A context that goes on after `ids`: what `context` holds, and the source. Closes both."""
-        engine = self.weights.engine
-        sources = [source]
-        try:
-            if context.table.tokens:
-                sources.insert(0, Source.of(engine, context.table))
-            if past := context.state.pasts[0]:
-                sources.insert(0, Source(past.share(), torch.ones(past.longest, dtype=torch.bool)))
-            joined = gathered(engine, sources, ids, len(ids))
-        finally:
-            for one in sources:
-                one.close(engine)
-        context.close()
-        return joined
+    def _far(self, context: Context, start: int, k: Tensor, v: Tensor) -> Tensor:
+        """How much each token of a context from `start` on is in need of being computed anew."""
+        return blend.changes(context, start, k, v)
 
 
 def stretches(prompt: Sequence[int], kept: Sequence[Kept], repair: int = 0) -> Iterator[Stretch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from agentctx.memory.errors import InputError, StoreError
 from agentctx.memory.kv import catalog
 from agentctx.memory.kv.catalog import Catalog, Listed
 from agentctx.memory.kv.store import BlockStore
+from agentctx.memory.selection import Selection
 from agentctx.memory.vectors import SCHEMA, Vectors
 from agentctx.paths import Paths
 
@@ -27,7 +29,8 @@ DATABASE = "index.db"
 class Held:
     """One indexed path of one model: `kept` of its `passages` are on disk, in `bytes` of KV.
 
-    `problem`: why nothing else is known of the index in `folder`.
+    `pinned`: they do not leave it to make room. `problem`: why nothing else is known of the index in
+    `folder`.
     """
 
     model: str
@@ -38,6 +41,7 @@ class Held:
     kept: int = 0
     tokens: int = 0
     bytes: int = 0
+    pinned: bool = False
     problem: str = ""
 
 
@@ -79,9 +83,11 @@ def remove(paths: Paths, roots: Sequence[str] | None) -> int:
         try:
             database = opened(folder)
             found = Catalog(database)
+            store = _store(paths, found)
             known.update(found.roots())
             found.leave(found.roots() if roots is None else roots)
-            freed += prune(found, Vectors(database, 0), _store(paths, found))
+            loosen(found, store)
+            freed += prune(found, Vectors(database, 0), store)
             left = found.roots()
             database.close()
         except StoreError:
@@ -90,9 +96,45 @@ def remove(paths: Paths, roots: Sequence[str] | None) -> int:
             left = []
         if not left:
             shutil.rmtree(folder)
-    if roots and (unknown := sorted(set(roots) - known)):
-        raise InputError(f"{unknown[0]} is in no index", code="not_found", hint="agentctx index ls")
+    _all_known(roots or (), known)
     return freed
+
+
+def pin(paths: Paths, roots: Sequence[str], *, budget: int) -> int:
+    """Keep what is on disk of these paths there, whatever else is read; returns the passages of them that are
+    not on disk.
+
+    Raises InputError (not_found) for a path that is in no index, StoreError (no_space) where too much of
+    `budget` bytes of KV would be pinned; then that path and those after it are not.
+    """
+    missing, known = 0, set[str]()
+    for found, store in _stores(paths, budget):
+        for root in sorted(set(roots) & set(found.roots())):
+            known.add(root)
+            store.shelf.pin(store.files(found.blocks(root)))
+            found.pin(root)
+            one = _held("", paths.index, found.listed(root), store, True)
+            missing += one.passages - one.kept
+    _all_known(roots, known)
+    return missing
+
+
+def unpin(paths: Paths, roots: Sequence[str]) -> None:
+    """Let what is kept of these paths make room again. Raises InputError (not_found)."""
+    known = set[str]()
+    for found, store in _stores(paths):
+        for root in sorted(set(roots) & set(found.roots())):
+            known.add(root)
+            found.unpin(root)
+        loosen(found, store)
+    _all_known(roots, known)
+
+
+def loosen(found: Catalog, store: BlockStore) -> None:
+    """Of what an index holds, only that stays pinned on disk which it says is. Raises StoreError."""
+    stay = {name for root in found.pinned() for name in found.blocks(root)}
+    own = {name for one in found.passages().values() for name in one.blocks}
+    store.shelf.unpin(store.shelf.pinned().intersection(store.files(sorted(own - stay))))
 
 
 def prune(found: Catalog, vectors: Vectors, store: BlockStore) -> int:
@@ -111,8 +153,24 @@ def _folders(paths: Paths) -> list[Path]:
     return sorted(path.parent for path in paths.index.glob(f"*/{DATABASE}"))
 
 
-def _store(paths: Paths, found: Catalog) -> BlockStore:
-    return BlockStore(paths.kv, (found.fact("kv") or b"unknown").decode(), budget=0)
+def _store(paths: Paths, found: Catalog, budget: int = 0) -> BlockStore:
+    return BlockStore(paths.kv, (found.fact("kv") or b"unknown").decode(), budget=budget)
+
+
+def _stores(paths: Paths, budget: int = 0) -> Iterator[tuple[Catalog, BlockStore]]:
+    """Every index, closed when the next is asked for."""
+    for folder in _folders(paths):
+        database = opened(folder)
+        try:
+            found = Catalog(database)
+            yield found, _store(paths, found, budget)
+        finally:
+            database.close()
+
+
+def _all_known(roots: Sequence[str], known: set[str]) -> None:
+    if unknown := sorted(set(roots) - known):
+        raise InputError(f"{unknown[0]} is in no index", code="not_found", hint="agentctx index ls")
 
 
 def _listed(paths: Paths, folder: Path) -> Iterator[Held]:
@@ -120,14 +178,15 @@ def _listed(paths: Paths, folder: Path) -> Iterator[Held]:
         database = opened(folder)
         found = Catalog(database)
         model, store = (found.fact("model") or b"").decode(), _store(paths, found)
+        pinned = found.pinned()
         for root in found.roots():
-            yield _held(model, folder, found.listed(root), store)
+            yield _held(model, folder, found.listed(root), store, root in pinned)
         database.close()
     except StoreError as error:
         yield Held("", str(folder), problem=error.message)
 
 
-def _held(model: str, folder: Path, one: Listed, store: BlockStore) -> Held:
+def _held(model: str, folder: Path, one: Listed, store: BlockStore, pinned: bool) -> Held:
     sizes = [
         [path.stat().st_size if path.exists() else -1 for path in store.files(passage.blocks)]
         for passage in one.passages
@@ -141,6 +200,7 @@ def _held(model: str, folder: Path, one: Listed, store: BlockStore) -> Held:
         sum(min(found) >= 0 for found in sizes),
         sum(passage.tokens for passage in one.passages),
         sum(size for found in sizes for size in found if size > 0),
+        pinned,
     )
 
 
@@ -162,7 +222,8 @@ def _verified(paths: Paths, folder: Path, roots: Sequence[str]) -> Iterator[Prob
 def _documents(found: Catalog, root: str) -> Iterator[Problem]:
     """What is at a path now against what was there."""
     try:
-        now = {one.source: one.id for one in open_documents([root]).documents}
+        everything = Selection(max_files=sys.maxsize)
+        now = {one.source: one.id for one in open_documents([root], selection=everything).documents}
     except InputError as error:
         now = {}
         if os.path.exists(root):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +23,19 @@ from langchain_core.language_models import BaseChatModel
 from torch import Tensor
 
 from agentctx.corpus.chat import ComposedChat, Kept
-from agentctx.corpus.held import opened, prune
+from agentctx.corpus.held import loosen, opened, prune
 from agentctx.corpus.keys import QUESTIONS, Measure, router_layers, unrotated
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv.catalog import Catalog, Passage, passage_name
 from agentctx.memory.kv.dtype import Keep
 from agentctx.memory.kv.pool import PAGE_TOKENS
 from agentctx.memory.kv.quantised import QuantisedPool
+from agentctx.memory.kv.shelf import FULL
 from agentctx.memory.types import Document
 from agentctx.memory.vectors import Vectors
 from agentctx.models.local import LocalChat
 from agentctx.models.reader import LikelihoodReader
 from agentctx.reading.frame import turn
-from agentctx.reading.sources import Source, gathered
 from agentctx.workflows.ports import Scores
 from agentctx.workflows.split import split
 
@@ -47,7 +47,6 @@ PASSAGE_TOKENS = 200
 TOGETHER = 32  # passages that are read, and become part of the index, at once
 KEEP: Keep = "int8"
 HEAD = 1024  # bytes of a block that are no keys or values, at most
-FULL = 0.9  # of the budget of KV that passages may take: the rest is for what is asked meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,39 +98,68 @@ class Index:
         *,
         cancel: threading.Event | None = None,
         progress: Callable[[int, int], None] | None = None,
+        pin: bool = False,
     ) -> Added:
         """Index `documents` as what is at `root` now; what is in the index already is not read again.
 
         A batch of passages is in the index once it was read, so a killed or cancelled call goes on where it
-        was. `progress` is told the tokens read and wanted. Raises StoreError: no_space if the disk is full or
-        the passages do not fit the budget of KV, unwritable; what was indexed until then stays.
+        was. `progress` is told the tokens read and wanted. With `pin`, what is kept of `root` never leaves
+        the disk to make room, now or later. Raises StoreError: no_space if the disk is full or the passages
+        do not fit the budget of KV, unwritable; what was indexed until then stays.
         """
         cut = {one.source: (one.id, self._passages(one)) for one in documents}
+        tokens = {text: count for _, found in cut.values() for text, count in found.items()}
         names = {source: (id_, [passage_name(x) for x in texts]) for source, (id_, texts) in cut.items()}
-        self.catalog.enter(root, names)
-        texts = list(dict.fromkeys(text for _, found in cut.values() for text in found))
-        fresh = [text for text, held in zip(texts, self.held(texts), strict=True) if not held]
-        wanted, total = len(fresh), sum(map(self.counter.count_text, fresh))
-        done = computed = 0
-        kept = self.catalog.passages()
-        self.store.used([name for one in kept.values() for name in one.blocks])  # other texts leave first
-        room = int(self.store.shelf.budget * FULL) - self._bytes(kept.values())
+        replaced = self.catalog.enter(root, names)
+        if pin:
+            self._pin(root)
+            self.catalog.pin(root)
+        held = zip(tokens, self.held(list(tokens)), strict=True)
+        fresh = {text: tokens[text] for text, there in held if not there}
         try:
-            while fresh and not (cancel is not None and cancel.is_set()):
-                count = self._fitting(fresh[:TOGETHER], room)
-                if not count:
-                    raise self._full(len(fresh))
-                read, new = self._read(fresh[:count])
-                fresh = fresh[count:]
-                room -= self._bytes(read)
-                computed += new
-                done += sum(one.tokens for one in read)
-                if progress:
-                    progress(done, total)
-            prune(self.catalog, self.vectors, self.store)
+            computed = self._read_all(fresh, cancel, progress) if fresh else 0
+            if replaced:
+                prune(self.catalog, self.vectors, self.store)
         finally:
             self.vectors.settle()
-        return Added(len(texts), wanted, computed, tuple(self._told()))
+            if root in self.catalog.pinned():
+                self._pin(root)
+                loosen(self.catalog, self.store)  # what was in it before
+        return Added(len(tokens), len(fresh), computed, tuple(self._told()))
+
+    def _read_all(
+        self,
+        fresh: Mapping[str, int],
+        cancel: threading.Event | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> int:
+        """Read these passages, given with their tokens, a few at a time; returns the tokens computed."""
+        texts, total = list(fresh), sum(fresh.values())
+        at = done = computed = 0
+        room = self._room()
+        while at < len(texts) and not (cancel is not None and cancel.is_set()):
+            batch = texts[at : at + TOGETHER]
+            count = self._fitting(batch, room)
+            if not count:
+                raise self._full(len(texts) - at)
+            read, new = self._read({text: fresh[text] for text in batch[:count]})
+            at += count
+            room -= self._bytes(read)
+            computed += new
+            done += sum(one.tokens for one in read)
+            if progress:
+                progress(done, total)
+        return computed
+
+    def _pin(self, root: str) -> None:
+        self.store.shelf.pin(self.store.files(self.catalog.blocks(root)))
+
+    def _room(self) -> int:
+        """Bytes that more passages may take, beside what there is of them and what is pinned."""
+        shelf = self.store.shelf
+        paths = self.store.files([name for one in self.catalog.passages().values() for name in one.blocks])
+        shelf.touch(paths)  # other texts leave first
+        return int(shelf.budget * FULL) - shelf.taken(set(paths))
 
     def held(self, texts: Sequence[str]) -> list[bool]:
         names = [passage_name(text) for text in texts]
@@ -160,6 +188,8 @@ class Index:
         return ComposedChat(**fields, kept=kept, keep=KEEP)
 
     def _nearest(self, question: str, texts: Sequence[str], k: int) -> Scores:
+        if self.catalog.fact("measure") is None:  # whoever indexed was stopped before anything was read
+            return Scores((float("-inf"),) * len(texts), 0, 0)
         ids = self._asked(question)
         with self._holding([ids], False) as (context,):
             count = len(ids) - len(self.before)
@@ -174,11 +204,13 @@ class Index:
                 values[place] = hit.score
         return Scores(tuple(values), computed, reused, tuple(self._told()))
 
-    def _read(self, texts: Sequence[str]) -> tuple[list[Passage], int]:
-        """Read passages and make them part of the index; returns them and the tokens computed."""
-        ids = self.reader.held_as(texts)
+    def _read(self, texts: Mapping[str, int]) -> tuple[list[Passage], int]:
+        """Read passages, given with their tokens, and make them part of the index; returns them and what was
+        computed, in tokens.
+        """
+        ids = self.reader.held_as(list(texts))
         passages = [
-            Passage(passage_name(text), self.counter.count_text(text), tuple(self.engine.kept(one, KEEP)))
+            Passage(passage_name(text), texts[text], tuple(self.engine.kept(one, KEEP)))
             for text, one in ids.items()
         ]
         with self._holding(list(ids.values())) as contexts:
@@ -209,24 +241,11 @@ class Index:
             questions = [self._asked(question) for question in QUESTIONS]
             with self._holding(questions, False) as contexts:
                 first = len(self.before)
-                self._try_composing(contexts[0])
                 asked = [unrotated(self.engine, one, first, len(one.ids) - first) for one in contexts]
             self.catalog.state({"measure": Measure.of(keys, asked).packed()})
             found = self.catalog.fact("measure")
         assert found is not None
         return Measure.unpacked(found, self._shape)
-
-    def _try_composing(self, context: Context) -> None:
-        """Raise ModelError (unsupported) before anything is indexed for a model that cannot go on from it."""
-        source = Source.of(self.engine, context.table)
-        try:
-            joined = gathered(self.engine, [source], context.ids, len(context.ids))
-        finally:
-            source.close(self.engine)
-        try:
-            joined.feed(context.ids[-1:])
-        finally:
-            joined.close()
 
     def _check(self, name: str) -> None:
         """Refuse an index of another model or of passages that are cut or kept differently."""
@@ -241,10 +260,11 @@ class Index:
                 hint="agentctx index rm --all, and index again",
             )
 
-    def _passages(self, document: Document) -> list[str]:
+    def _passages(self, document: Document) -> dict[str, int]:
+        """The passages of a document, with their tokens."""
         chunks = split(document, self.passage_tokens, self.counter)
-        texts = (document.text[one.span.start : one.span.end] for one in chunks)
-        return [text for text in texts if text.strip()]
+        found = ((document.text[one.span.start : one.span.end], one.tokens) for one in chunks)
+        return {text: tokens for text, tokens in found if text.strip()}
 
     def _asked(self, question: str) -> list[int]:
         return [*self.before, *self.chat.template.encode_text(question.strip())]
@@ -263,8 +283,7 @@ class Index:
         return all(name in self.store for name in passage.blocks)
 
     def _bytes(self, passages: Iterable[Passage]) -> int:
-        paths = self.store.files([name for one in passages for name in one.blocks])
-        return sum(path.stat().st_size for path in set(paths) if path.exists())
+        return self.store.size({name for one in passages for name in one.blocks})
 
     def _fitting(self, texts: Sequence[str], room: int) -> int:
         """How many of these texts certainly fit in so many bytes: as whole blocks, before any codec."""
@@ -281,7 +300,7 @@ class Index:
             f"the KV of the indexed passages fills {FULL:.0%} of {self.store.shelf.budget:,} bytes: "
             f"{left:,} passages are not indexed",
             code="no_space",
-            hint="raise kv_bytes and index again: it goes on where it was",
+            hint="raise kv_bytes (or unpin other paths) and index again: it goes on where it was",
         )
 
     def _told(self) -> list[str]:

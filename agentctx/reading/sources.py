@@ -110,6 +110,24 @@ def moved(context: Context, start: int, stay: Sequence[int]) -> None:
         context.ids += ids
 
 
+def appended(context: Context, table: BlockTable, chosen: range) -> tuple[Tensor, Tensor]:
+    """Go on with what `table` holds of the tokens `chosen`, as if they stood next; the caller adds their ids.
+
+    Their keys are turned to where they stand now, their values are what they were: both are returned,
+    `[layers, Hkv, n, D]`. Raises ModelError: out_of_memory, unsupported where a rotation is not known.
+    """
+    runtime, past = context.engine, context.state.pasts[0]
+    with runtime.lock, torch.inference_mode():
+        turns = _turns(runtime)
+        k, v = (x[:, :, : len(chosen)] for x in table.read(chosen.start))
+        old = torch.arange(chosen.start, chosen.stop, device=k.device)
+        new = old + context.table.tokens + (past.end if past else 0) - chosen.start
+        k = torch.stack([turn(one[None], old, new)[0] for turn, one in zip(turns, k, strict=True)])
+        context.table.extend(k, v)
+        context.state.settle()
+    return k, v
+
+
 def _turns(runtime: Runtime) -> list[Turn]:
     found: list[Turn] = []
     for rotation in runtime.body.rotations():

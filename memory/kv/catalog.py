@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agentctx.memory.database import Database
 
@@ -67,19 +68,22 @@ class Catalog:
 
     def passages(self, names: Iterable[str] | None = None) -> dict[str, Passage]:
         """Those of these names that there are; None: all."""
-        wanted = None if names is None else set(names)
-        return {
-            name: Passage(name, tokens, tuple(json.loads(blocks)))
-            for name, tokens, blocks in self.database.rows("SELECT * FROM passages")
-            if wanted is None or name in wanted
-        }
+        if names is None:
+            rows = self.database.rows("SELECT * FROM passages")
+        else:
+            sql = "SELECT * FROM passages WHERE name IN (SELECT value FROM json_each(?))"
+            rows = self.database.rows(sql, (json.dumps(list(set(names))),))
+        return {one.name: one for one in map(_passage, rows)}
 
-    def enter(self, root: str, documents: Mapping[str, tuple[str, Sequence[str]]]) -> None:
-        """A path holds these now: source to document id and names of passages. What it held is forgotten."""
+    def enter(self, root: str, documents: Mapping[str, tuple[str, Sequence[str]]]) -> bool:
+        """A path holds these now: source to document id and names of passages. What it held is forgotten;
+        returns whether that was anything.
+        """
         rows = [(root, source, id_, json.dumps(list(names))) for source, (id_, names) in documents.items()]
         with self.database.write() as db:
-            db.execute("DELETE FROM documents WHERE root = ?", (root,))
+            before = db.execute("DELETE FROM documents WHERE root = ?", (root,)).rowcount
             db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
+        return before > 0
 
     def roots(self) -> list[str]:
         return [root for (root,) in self.database.rows("SELECT DISTINCT root FROM documents ORDER BY root")]
@@ -95,18 +99,42 @@ class Catalog:
 
     def unused(self) -> list[Passage]:
         """Passages of no document: of earlier states of changed files, or of paths that were taken out."""
-        used = {
-            name
-            for (found,) in self.database.rows("SELECT passages FROM documents")
-            for name in json.loads(found)
-        }
-        return [one for one in self.passages().values() if one.name not in used]
+        rows = self.database.rows(
+            "SELECT * FROM passages WHERE name NOT IN"
+            " (SELECT value FROM documents, json_each(documents.passages))"
+        )
+        return [_passage(row) for row in rows]
 
     def leave(self, roots: Iterable[str]) -> None:
-        """Forget these paths; their passages stay until `drop`."""
+        """Forget these paths, and that they are pinned; their passages stay until `drop`."""
+        rows = [(root,) for root in roots]
         with self.database.write() as db:
-            db.executemany("DELETE FROM documents WHERE root = ?", [(root,) for root in roots])
+            db.executemany("DELETE FROM documents WHERE root = ?", rows)
+            db.executemany("DELETE FROM facts WHERE name = 'pinned ' || ?", rows)
+
+    def pinned(self) -> list[str]:
+        """The paths whose KV stays on disk."""
+        rows = self.database.rows(
+            "SELECT substr(name, 8) FROM facts WHERE name LIKE 'pinned %' ORDER BY name"
+        )
+        return [root for (root,) in rows]
+
+    def pin(self, root: str) -> None:
+        self.state({f"pinned {root}": b""})
+
+    def unpin(self, root: str) -> None:
+        with self.database.write() as db:
+            db.execute("DELETE FROM facts WHERE name = 'pinned ' || ?", (root,))
+
+    def blocks(self, root: str) -> list[str]:
+        """The blocks of all that was read of a path."""
+        return [name for one in self.listed(root).passages for name in one.blocks]
 
     def drop(self, passages: Iterable[Passage]) -> None:
         with self.database.write() as db:
             db.executemany("DELETE FROM passages WHERE name = ?", [(one.name,) for one in passages])
+
+
+def _passage(row: Sequence[Any]) -> Passage:
+    name, tokens, blocks = row
+    return Passage(name, tokens, tuple(json.loads(blocks)))

@@ -5,10 +5,11 @@
     root/<model>/ab/ab3f….kv        a block
     root/<model>/lists/12cd….names  a line that says what is listed, then the name of a block on each
 
-The least recently used files leave first; the times are those of the files. Every change of what is there is
-made under the lock, so the budget holds for all processes together. A file is renamed into place when it is
-whole. Nothing waits for the disk to be flushed: who reads a file checks it, and can do without. Names leave
-the lists with their blocks, and lists with their last name.
+The least recently used files leave first; the times are those of the files. A file that nobody may write is
+pinned: it does not leave. Every change of what is there is made under the lock, so the budget holds for all
+processes together. A file is renamed into place when it is whole. Nothing waits for the disk to be flushed:
+who reads a file checks it, and can do without. Names leave the lists with their blocks, and lists with their
+last name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -28,11 +29,21 @@ from pathlib import Path
 
 from agentctx.memory.atomic import make_private, write_bytes
 from agentctx.memory.errors import StoreError
+from agentctx.memory.kv.files import (
+    BLOCKS,
+    LISTS,
+    delete,
+    files_of,
+    joined,
+    lines_of,
+    listed_blocks,
+    sweep,
+    write,
+)
 
-SUFFIX = ".kv"
-BLOCKS = f"*/*{SUFFIX}"  # in the folder of a model
-LISTS = "lists/*.names"
 AHEAD = 0.05  # of the budget, freed beyond what is needed: else every file would look at all others
+FULL = 0.9  # of the budget that pinned files may take: the rest is for what is read meanwhile
+OPEN, PINNED = 0o600, 0o400  # modes of files
 REMEDY = "free some space, lower kv_bytes, or set AGENTCTX_HOME to another disk"
 
 
@@ -67,18 +78,19 @@ class Shelf:
     @property
     def used_bytes(self) -> int:
         """Of all models, counted now."""
-        counted = [*_files(self.root, f"*/{BLOCKS}"), *_files(self.root, f"*/{LISTS}")]
+        counted = [*files_of(self.root, f"*/{BLOCKS}"), *files_of(self.root, f"*/{LISTS}")]
         return sum(status.st_size for _, status in counted)
 
     def add(self, path: Path, data: bytes) -> None:
         """Write a file, making room first; one that is there stays.
 
-        Raises StoreError (no_space, unwritable) and leaves no part of a file.
+        Raises StoreError (no_space, also where what is pinned leaves none; unwritable) and leaves no part of
+        a file.
         """
         with self._changing() as count:
             if not path.exists():
                 self._take(count, len(data))
-                _write(path, data)
+                write(path, data)
 
     def note(self, model: str, head: str, names: Iterable[str]) -> None:
         """Put names of blocks of a model on the list under `head`, a line of text. What is there already is
@@ -88,32 +100,32 @@ class Shelf:
         """
         digest = hashlib.blake2b(head.encode(), digest_size=16).hexdigest()
         path, wanted = self.root / model / LISTS.replace("*", digest), list(names)
-        if set(wanted) <= set(_lines(path)[1:]):
+        if set(wanted) <= set(lines_of(path)[1:]):
             self.touch([path])
             return
         with self._changing() as count:
-            data = _joined(dict.fromkeys([head, *_lines(path)[1:], *wanted]))
+            data = joined(dict.fromkeys([head, *lines_of(path)[1:], *wanted]))
             self._take(count, len(data))
             before = path.stat().st_size if path.exists() else 0
-            _write(path, data)
+            write(path, data)
             count.set(count.bytes - before)
 
     def blocks(self) -> list[Path]:
         """Every block of every model."""
-        return [path for path, _ in _files(self.root, f"*/{BLOCKS}")]
+        return [path for path, _ in files_of(self.root, f"*/{BLOCKS}")]
 
     def lists(self) -> list[Listed]:
         """Every list that can be read, with those of its blocks that are there."""
         found = []
-        for path, status in _files(self.root, f"*/{LISTS}"):
-            if lines := _lines(path):
-                found.append(Listed(lines[0], _blocks(path, lines[1:]), status.st_mtime))
+        for path, status in files_of(self.root, f"*/{LISTS}"):
+            if lines := lines_of(path):
+                found.append(Listed(lines[0], listed_blocks(path, lines[1:]), status.st_mtime))
         return found
 
     def discard(self, path: Path) -> None:
         """Delete one file, if it can be deleted."""
         with suppress(OSError), self._locked() as count:
-            count.set(count.bytes - _delete(path))
+            count.set(count.bytes - delete(path))
 
     def touch(self, paths: Sequence[Path]) -> None:
         """These were used now. The later ones count as older: without the first they are worth nothing."""
@@ -121,6 +133,42 @@ class Shelf:
         for age, path in enumerate(paths):
             with suppress(OSError):
                 os.utime(path, ns=(now - age, now - age))
+
+    def pinned(self) -> set[Path]:
+        """The pinned files."""
+        return {path for path, status in files_of(self.root, f"*/{BLOCKS}") if _is_pinned(status)}
+
+    def taken(self, paths: Collection[Path]) -> int:
+        """Bytes of these files, where they are there, and of all that are pinned."""
+        return sum(
+            status.st_size
+            for path, status in files_of(self.root, f"*/{BLOCKS}")
+            if path in paths or _is_pinned(status)
+        )
+
+    def pin(self, paths: Iterable[Path]) -> None:
+        """These files stay until they are deleted by name; those that are not there are passed over.
+
+        Raises StoreError (no_space), with none of them pinned, where all that is pinned would take more than
+        `FULL` of the budget; unwritable.
+        """
+        with _explained(), self._locked():
+            wanted = {path for path in paths if path.exists()}
+            if (total := self.taken(wanted)) > FULL * self.budget:
+                raise StoreError(
+                    f"{total:,} bytes of KV would be pinned, {FULL:.0%} of {self.budget:,} can be",
+                    code="no_space",
+                    hint="raise kv_bytes, or unpin another path (agentctx index ls)",
+                )
+            for path in wanted:
+                path.chmod(PINNED)
+
+    def unpin(self, paths: Iterable[Path]) -> None:
+        """These files leave as others do. Raises StoreError (unwritable)."""
+        with _explained(), self._locked():
+            for path in set(paths):
+                with suppress(FileNotFoundError):
+                    path.chmod(OPEN)
 
     def introduce(self, model: str, name: str, token_bytes: int) -> None:
         """Write down what the folder of a model is."""
@@ -140,30 +188,19 @@ class Shelf:
         """
         held = self.held()
         wanted = {one.model for one in held} if models is None else set(models)
-        try:
-            with self._locked() as count:
-                before = self.used_bytes
-                for one in held:
-                    if wanted & {one.model, one.name}:
-                        shutil.rmtree(self.root / one.model)
-                count.set(self.used_bytes)
-                return before - count.bytes
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
-            ) from error
+        with _explained(), self._locked() as count:
+            before = self.used_bytes
+            for one in held:
+                if wanted & {one.model, one.name}:
+                    shutil.rmtree(self.root / one.model)
+            count.set(self.used_bytes)
+            return before - count.bytes
 
     def delete(self, paths: Iterable[Path]) -> int:
         """Delete these files; returns the bytes freed. Raises StoreError (unwritable)."""
-        freed = 0
-        try:
-            with self._locked() as count:
-                freed = sum(_delete(path) for path in paths) + self._sweep()
-                count.set(self.used_bytes)
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename} cannot be deleted: {error.strerror}", code="unwritable"
-            ) from error
+        with _explained(), self._locked() as count:
+            freed = sum(delete(path) for path in paths) + sweep(self.root)
+            count.set(self.used_bytes)
         return freed
 
     @contextmanager
@@ -188,7 +225,7 @@ class Shelf:
             count = _Count(file.fileno())
             if not self._counted or count.bytes < 0:
                 for torn in self.root.glob("*/*/.*"):  # of a process that was killed; nobody else writes now
-                    _delete(torn)
+                    delete(torn)
                 count.set(self.used_bytes)
                 self._counted = True
             yield count
@@ -206,34 +243,22 @@ class Shelf:
         count.set(count.bytes + size)  # before: who dies here has counted too much, not too little
 
     def _make_room(self, wanted: int) -> int:
-        """Delete the oldest blocks; returns the bytes that are left."""
-        found = sorted(_files(self.root, f"*/{BLOCKS}"), key=lambda file: file[1].st_mtime_ns)
+        """Delete the oldest blocks; returns the bytes that are left. Raises StoreError if none can be."""
+        found = sorted(files_of(self.root, f"*/{BLOCKS}"), key=lambda file: file[1].st_mtime_ns)
         total = self.used_bytes
-        limit = max(self.budget * (1 - AHEAD), wanted)
-        for path, _ in found:
+        pinned = sum(status.st_size for _, status in found if _is_pinned(status))
+        if pinned + wanted > self.budget:
+            raise StoreError(
+                f"{pinned:,} of {self.budget:,} bytes of KV are pinned: {wanted:,} more do not fit",
+                code="no_space",
+                hint="raise kv_bytes, or unpin a path (agentctx index ls)",
+            )
+        limit = max(self.budget * (1 - AHEAD), pinned + wanted)
+        for path, status in found:
             if total + wanted <= limit:
                 break
-            total -= _delete(path)
-        return total - self._sweep()
-
-    def _sweep(self) -> int:
-        """Take names off the lists whose blocks are gone; returns the bytes freed."""
-        freed = 0
-        for path, status in _files(self.root, f"*/{LISTS}"):
-            head, *names = _lines(path) or [""]
-            left = [block.stem for block in _blocks(path, names)]
-            if not left:
-                freed += _delete(path)
-            elif len(left) < len(names):
-                _write(path, data := _joined([head, *left]))
-                os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
-                freed += status.st_size - len(data)
-        return freed
-
-
-def block_file(folder: Path, name: str) -> Path:
-    """Where a block is, or would be, in the folder of its model."""
-    return folder / name[:2] / f"{name}{SUFFIX}"
+            total -= 0 if _is_pinned(status) else delete(path)
+        return total - sweep(self.root)
 
 
 class _Count:
@@ -251,32 +276,22 @@ class _Count:
         os.pwrite(self._handle, f"{count:<31}\n".encode(), 0)
 
 
-def _files(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in list(folder.glob(pattern)):
-        with suppress(FileNotFoundError):
-            yield path, path.stat()
-
-
-def _lines(path: Path) -> list[str]:
-    """Of a list; empty if it is not there or cannot be read."""
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the system refuses, as StoreError."""
     try:
-        return path.read_bytes().decode().splitlines()
-    except (OSError, ValueError):
-        return []
+        yield
+    except OSError as error:
+        message = f"{error.filename} cannot be changed: {error.strerror}"
+        raise StoreError(message, code="unwritable") from error
 
 
-def _joined(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _blocks(path: Path, names: Iterable[str]) -> list[Path]:
-    """Those blocks on the list at `path` that are there."""
-    found = [block_file(path.parent.parent, name) for name in names if name.isalnum()]
-    return [block for block in found if block.exists()]
+def _is_pinned(status: os.stat_result) -> bool:
+    return not status.st_mode & stat.S_IWUSR
 
 
 def _held(folder: Path) -> Held:
-    found = [status for _, status in _files(folder, BLOCKS)]
+    found = [status for _, status in files_of(folder, BLOCKS)]
     size = sum(status.st_size for status in found)
     used = max((status.st_mtime for status in found), default=folder.stat().st_mtime)
     try:
@@ -284,25 +299,3 @@ def _held(folder: Path) -> Held:
         return Held(folder.name, about["name"], size // about["token_bytes"], size, used)
     except (OSError, ValueError, KeyError):
         return Held(folder.name, folder.name, 0, size, used)
-
-
-def _delete(path: Path) -> int:
-    """Returns the bytes of what was deleted."""
-    try:
-        size = path.stat().st_size
-        path.unlink()
-    except FileNotFoundError:
-        return 0
-    return size
-
-
-def _write(path: Path, data: bytes) -> None:
-    make_private(path.parent)
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        _delete(Path(temporary))
-        raise

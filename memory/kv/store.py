@@ -11,7 +11,8 @@ bytes. The checksum is verified when a file is read: a damaged block counts as a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from agentctx.kernels.quant import dequantize_pages, quantize_pages
 from agentctx.kernels.records import KVPages
 from agentctx.memory.errors import ConfigError, StoreError
+from agentctx.memory.kv.files import SUFFIX, block_file
 from agentctx.memory.kv.owners import name_blocks
 from agentctx.memory.kv.pool import PAGE_TOKENS
-from agentctx.memory.kv.shelf import Shelf, block_file
+from agentctx.memory.kv.shelf import Shelf
 
 VERSION = "1"
 CODECS = {"plain": 0, "int8": 8, "int4": 4}  # bits; plain keeps the dtype
@@ -46,7 +48,7 @@ class BlockStore:
         self.codec = codec
 
     def __contains__(self, name: str) -> bool:
-        return self._path(name).exists()
+        return os.path.exists(f"{self.folder}/{name[:2]}/{name}{SUFFIX}")  # half the time of a Path
 
     def get(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """K and V `[layers, Hkv, tokens, D]` of a block, or None if it is not there.
@@ -93,6 +95,14 @@ class BlockStore:
     def files(self, names: Sequence[str]) -> list[Path]:
         """Where these blocks are, or would be."""
         return [self._path(name) for name in names]
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of those of these blocks that are there."""
+        found = 0
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += self._path(name).stat().st_size
+        return found
 
     def used(self, names: Sequence[str]) -> None:
         """These blocks of one text, in its order, were used now."""

@@ -81,6 +81,25 @@ def test_what_changed_or_is_gone_is_told(notes, capsys):
     assert kinds(capsys, 0) == []
 
 
+def test_a_path_is_pinned_and_let_go_again(notes, capsys):
+    assert run(["index", "notes", "--pin"]) == 0
+    files = list(Paths.default().kv.glob("*/*/*.kv"))
+    capsys.readouterr()
+    assert run(["index", "ls", "--json"]) == 0
+    assert said(capsys)["indexes"][0]["pinned"] is True
+    assert not any(path.stat().st_mode & 0o200 for path in files)
+    assert run(["index", "unpin", "notes"]) == 0
+    assert all(path.stat().st_mode & 0o200 for path in files)
+    files[0].unlink()
+    capsys.readouterr()
+    assert run(["index", "pin", "notes", "--json"]) == 0
+    assert said(capsys)["missing"] == 1
+    assert run(["index", "pin", "elsewhere"]) == 3
+    assert run(["index", "unpin", "elsewhere"]) == 3
+    assert run(["index", "rm", "notes"]) == 0
+    assert not list(Paths.default().kv.glob("*/*/*.kv"))
+
+
 def test_damage_is_found_and_repaired(notes, capsys):
     assert run(["index", "notes"]) == 0
     (vectors,) = Paths.default().index.glob("*/*.faiss")
@@ -122,6 +141,7 @@ def test_an_index_that_cannot_be_read_is_told_and_can_be_removed(notes, capsys, 
 def test_what_cannot_be_indexed_is_a_typed_error(tmp_path, notes, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert run(["index", "empty"]) == 3
+    assert run(["index", "notes", "--max-files", "0"]) == 2
     assert run(["index", "absent"]) == 3
     assert run(["index"]) == 2
     assert run(["index", "verify", "elsewhere"]) == 3

@@ -14,7 +14,7 @@ from langchain_core.messages import HumanMessage
 from agentctx.api import Context
 from agentctx.corpus import held
 from agentctx.corpus.attach import with_index
-from agentctx.corpus.chat import Kept, stretches
+from agentctx.corpus.chat import ComposedChat, Kept, stretches
 from agentctx.corpus.index import Index
 from agentctx.memory.errors import ModelError, StoreError
 from agentctx.memory.kv import shelf
@@ -160,7 +160,7 @@ def test_the_budget_of_kv_is_never_exceeded(roomy, paths):
 def test_a_full_disk_is_a_typed_error_and_nothing_is_lost(roomy, paths, monkeypatch):
     index = Index.open(paths.index, model(roomy, paths))
     index.add("d", documents(1))
-    write, left = shelf._write, [30]
+    write, left = shelf.write, [30]
 
     def full(path, data):
         left[0] -= 1
@@ -169,7 +169,7 @@ def test_a_full_disk_is_a_typed_error_and_nothing_is_lost(roomy, paths, monkeypa
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shelf, "_write", full)
+        patch.setattr(shelf, "write", full)
         with pytest.raises(StoreError) as caught:
             index.add("d", documents(6))
     assert caught.value.code == "no_space"
@@ -203,14 +203,86 @@ def test_what_cannot_be_composed_is_not_indexed(roomy, paths, options):
     assert caught.value.code == "unsupported"
 
 
-def test_a_model_with_windows_is_refused_before_anything_is_indexed(tiny_model, paths, tmp_path):
+def test_a_model_with_windows_is_composed_as_well(tiny_model, paths, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "windows")
     tiny.tiny("Mistral", sliding_window=100, vocab_size=259).save_pretrained(folder)
     index = Index.open(paths.index, model(folder, paths))
-    with pytest.raises(ModelError) as caught:
-        index.add("d", documents(1))
-    assert caught.value.code == "unsupported"
-    assert not index.catalog.passages()
+    index.add("d", documents(1))
+    passage = texts_of(index, documents(1))[1]
+    message = [HumanMessage(f"{passage} What does it say?")]
+    found = index.composed([passage]).invoke(message, max_tokens=24)
+    assert found.usage_metadata["input_token_details"]["cache_read"] >= len(passage.strip())
+    assert found.text == index.chat.invoke(message, max_tokens=24).text
+
+
+@pytest.mark.parametrize("share", [0.15, 1.0])
+def test_a_share_of_each_passage_is_computed_anew(roomy, paths, share):
+    Index.open(paths.index, model(roomy, paths)).add("d", documents())
+    index = Index.open(paths.index, model(roomy, paths))
+    chosen = texts_of(index, documents())[1:6:2]
+    messages = [HumanMessage("\n\n".join(chosen) + "\n\nWhat is it?")]
+    composed = index.composed(chosen)
+    fields = {name: getattr(composed, name) for name in type(composed).model_fields}
+    kept = ComposedChat(**fields | {"recompute": 0.0}).invoke(messages, max_tokens=4).usage_metadata
+    index.engine.prefixes.clear()
+    found = ComposedChat(**fields | {"recompute": share}).invoke(messages, max_tokens=4).usage_metadata
+    more = sum(found[x] - found["input_token_details"][y] for x, y in [("input_tokens", "cache_read")])
+    more -= kept["input_tokens"] - kept["input_token_details"]["cache_read"]
+    want = share * sum(len(text.strip()) for text in chosen)
+    assert want - 2 * len(chosen) <= more <= want + 3 * len(chosen)
+    assert index.engine.pool.used_pages - len(index.engine.prefixes._pages) == 0  # nothing leaks
+
+
+def test_what_is_pinned_stays_when_other_texts_need_room(roomy, paths):
+    budget = 2_000_000
+    index = Index.open(paths.index, model(roomy, paths, kv_bytes=budget))
+    index.add("pinned", documents(2), pin=True)
+    index.add("open", documents(2, first=2))
+    mine, others = texts_of(index, documents(2)), texts_of(index, documents(2, first=2))
+    for n in range(40):
+        index.chat.invoke([HumanMessage(f"{n} " + "once more " * 150)], max_tokens=1)
+        assert index.store.shelf.used_bytes <= budget
+    assert all(index.held(mine))
+    assert not any(index.held(others))
+    assert [(one.root, one.pinned) for one in held.listed(paths)] == [("open", False), ("pinned", True)]
+    held.unpin(paths, ["pinned"])
+    for n in range(40, 80):
+        index.chat.invoke([HumanMessage(f"{n} " + "once more " * 150)], max_tokens=1)
+    assert not any(index.held(mine))
+    assert held.pin(paths, ["pinned"], budget=budget) == len(mine)  # are to be read again
+    index.add("pinned", documents(2))
+    assert index.store.shelf.pinned() == set(index.store.files(index.catalog.blocks("pinned")))
+
+
+def test_a_pin_that_does_not_fit_is_refused_and_nothing_is_pinned(roomy, paths):
+    index = Index.open(paths.index, model(roomy, paths))
+    index.add("d", documents(2))
+    size = index.store.shelf.used_bytes
+    with pytest.raises(StoreError) as caught:
+        held.pin(paths, ["d"], budget=size)
+    assert caught.value.code == "no_space"
+    assert "kv_bytes" in caught.value.hint
+    assert not index.store.shelf.pinned()
+    assert not index.catalog.pinned()
+    assert held.pin(paths, ["d"], budget=2 * size) == 0
+    small = Index.open(paths.index, model(roomy, paths, kv_bytes=size))
+    with pytest.raises(StoreError) as caught:
+        small.add("more", documents(2, first=5), pin=True)
+    assert caught.value.code == "no_space"
+    assert all(index.held(texts_of(index, documents(2))))
+
+
+def test_what_leaves_a_pinned_path_is_pinned_no_more(roomy, paths):
+    index = Index.open(paths.index, model(roomy, paths))
+    index.add("pinned", documents(2), pin=True)
+    index.add("open", documents(1))
+    index.add("pinned", documents(1, first=1))
+    pinned = index.store.shelf.pinned()
+    assert pinned == set(index.store.files(index.catalog.blocks("pinned")))
+    assert all(index.held(texts_of(index, documents(1))))
+    held.remove(paths, ["pinned"])
+    assert not index.store.shelf.pinned()
+    assert all(index.held(texts_of(index, documents(1))))
 
 
 def test_questions_over_an_index_compute_little_and_nothing_stale_is_served(roomy, paths, tmp_path):

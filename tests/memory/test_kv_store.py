@@ -164,6 +164,32 @@ def test_the_least_recently_used_leave_and_the_last_stays(root: Path) -> None:
     assert some.shelf.used_bytes <= 10 * one
 
 
+def test_pinned_files_stay_and_the_budget_holds(root: Path) -> None:
+    one = len_of_block(root / "probe")
+    some = store(root / "kv", budget=10 * one)
+    for number in range(8):
+        some.put(f"ab{number}", *drawn(seed=number))
+    some.shelf.pin(some.files(["ab0", "ab1", "absent"]))
+    for number in range(8, 30):
+        some.put(f"ab{number}", *drawn(seed=number))
+        assert some.shelf.used_bytes <= 10 * one
+    assert some.shelf.pinned() == set(some.files(["ab0", "ab1"]))
+    names = [path.stem for path in files(root / "kv")]
+    assert {"ab0", "ab1"} <= set(names)
+    with pytest.raises(StoreError, match="would be pinned") as caught:
+        store(root / "kv", budget=3 * one).shelf.pin(some.files(["ab29"]))
+    assert caught.value.code == "no_space"
+    small = store(root / "kv", budget=2 * one)
+    with pytest.raises(StoreError, match="are pinned") as caught:
+        small.put("ab30", *drawn(seed=30))
+    assert caught.value.code == "no_space"
+    assert {path.stem for path in files(root / "kv")} == set(names)  # nothing left for what does not fit
+    some.shelf.unpin(some.files(["ab0", "absent"]))
+    small.put("ab30", *drawn(seed=30))
+    assert {path.stem for path in files(root / "kv")} == {"ab1", "ab30"}
+    assert some.shelf.delete(some.files(["ab1"])) == one
+
+
 def test_the_end_of_a_text_leaves_before_its_beginning(root: Path) -> None:
     one = len_of_block(root / "probe")
     some = store(root / "kv", budget=6 * one)

@@ -161,10 +161,10 @@ def test_a_folder_that_cannot_be_listed_is_a_problem(tmp_path: Path, monkeypatch
 
 def test_too_many_files_are_said_not_hidden(tmp_path: Path) -> None:
     write(tmp_path, *(f"d{i}/{j}.txt" for i in range(3) for j in range(5)))
-    found = walk(tmp_path, Selection(), max_files=7)
+    found = walk(tmp_path, Selection(max_files=7))
     assert len(found.files) == 7
     assert [error.code for error in found.problems] == ["too_large"]
-    assert walk(tmp_path, Selection(), max_files=15).problems == []
+    assert walk(tmp_path, Selection(max_files=15)).problems == []
 
 
 def test_a_pathspec_without_the_directory_mark_is_refused(
