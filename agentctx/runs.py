@@ -96,6 +96,20 @@ class Runs:
         return read_trace(path) if path.exists() else iter(())
 
     def remove(self, run_id: str) -> None:
-        """Delete the run's manifest, trace and checkpoints."""
-        self.manifest(run_id)
+        """Delete the run's manifest, trace and checkpoints.
+
+        Those in a database are deleted first, in the one that is named now; StoreError if it does not answer.
+        """
+        from agentctx.checkpoints import forget
+
+        manifest = self.manifest(run_id)
+        forget(thread_of(run_id, manifest, attempt) for attempt in range(manifest["attempt"] + 1))
         shutil.rmtree(self.folder(run_id))
+
+
+def thread_of(run_id: str, manifest: dict[str, Any], attempt: int) -> str:
+    """Under what the checkpoints of an attempt are kept.
+
+    With the run's start, because a database may be shared, and an id may be used again once a run is removed.
+    """
+    return f"{run_id}:{attempt}:{manifest['started']}"

@@ -30,6 +30,7 @@ class LeafCache:
 
     def __init__(self, path: Path | None) -> None:
         self.warning = ""  # set when a damaged cache was put aside
+        self._waiting: dict[str, Any] = {}
         if path:
             make_private(path.parent)
         try:
@@ -45,12 +46,14 @@ class LeafCache:
             self._db = _open(path)
 
     def get(self, key: str) -> Any | None:
+        if key in self._waiting:
+            return self._waiting[key]
         row = self._db.execute("SELECT value FROM calls WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def get_many(self, keys: list[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
-        found: dict[str, Any] = {}
+        found = {key: self._waiting[key] for key in keys if key in self._waiting}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
@@ -62,13 +65,22 @@ class LeafCache:
         self.put_many({key: value})
 
     def put_many(self, items: dict[str, Any]) -> None:
+        """Write these, and what waits, in one transaction."""
+        items, now = {**self._waiting, **items}, time.time()
         with self._db:
             self._db.executemany(
                 "INSERT OR REPLACE INTO calls (key, value, time) VALUES (?, ?, ?)",
-                [(key, json.dumps(value, ensure_ascii=False), time.time()) for key, value in items.items()],
+                [(key, json.dumps(value, ensure_ascii=False), now) for key, value in items.items()],
             )
+        self._waiting.clear()
+
+    def put_soon(self, key: str, value: Any) -> None:
+        """Write this with the next `put`, or when the cache is closed: what may be lost if it is killed."""
+        self._waiting[key] = value
 
     def close(self) -> None:
+        if self._waiting:
+            self.put_many({})
         self._db.close()
 
 
