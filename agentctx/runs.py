@@ -102,8 +102,13 @@ class Runs:
         """
         from agentctx.checkpoints import forget
 
-        manifest = self.manifest(run_id)
-        forget(thread_of(run_id, manifest, attempt) for attempt in range(manifest["attempt"] + 1))
+        try:
+            manifest = self.manifest(run_id)
+        except StoreError:  # damaged, or of another version: it does not say which threads are its own
+            threads = []
+        else:
+            threads = [thread_of(run_id, manifest, number) for number in range(manifest["attempt"] + 1)]
+        forget(threads)
         shutil.rmtree(self.folder(run_id))
 
 

@@ -70,11 +70,8 @@ class ScriptedEndpoint:
             return _send(handler, 500, "application/json", {"error": {"message": str(said)}})
         text = said if isinstance(said, str) else json.dumps(said)
         counter = WordCounter()
-        usage = {
-            "prompt_tokens": counter.count_messages(messages),
-            "completion_tokens": counter.count_text(text),
-            "total_tokens": counter.count_messages(messages) + counter.count_text(text),
-        }
+        read, written = counter.count_messages(messages), counter.count_text(text)
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         common = {"id": "scripted", "created": 1, "model": body["model"]}
         if body.get("stream"):
             choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": "stop"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class LeafCache:
     def __init__(self, path: Path | None) -> None:
         self.warning = ""  # set when a damaged cache was put aside
         self._waiting: dict[str, Any] = {}
+        self._lock = threading.Lock()  # one connection: quotes are verified in threads, and notes kept there
         if path:
             make_private(path.parent)
         try:
@@ -48,7 +50,8 @@ class LeafCache:
     def get(self, key: str) -> Any | None:
         if key in self._waiting:
             return self._waiting[key]
-        row = self._db.execute("SELECT value FROM calls WHERE key = ?", (key,)).fetchone()
+        with self._lock:
+            row = self._db.execute("SELECT value FROM calls WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def get_many(self, keys: list[str]) -> dict[str, Any]:
@@ -57,7 +60,10 @@ class LeafCache:
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
-            rows = self._db.execute(f"SELECT key, value FROM calls WHERE key IN ({marks})", part)
+            with self._lock:
+                rows = self._db.execute(
+                    f"SELECT key, value FROM calls WHERE key IN ({marks})", part
+                ).fetchall()
             found.update((key, json.loads(value)) for key, value in rows)
         return found
 
@@ -66,17 +72,18 @@ class LeafCache:
 
     def put_many(self, items: dict[str, Any]) -> None:
         """Write these, and what waits, in one transaction."""
-        items, now = {**self._waiting, **items}, time.time()
-        with self._db:
+        with self._lock, self._db:
+            rows, now = {**self._waiting, **items}, time.time()
             self._db.executemany(
                 "INSERT OR REPLACE INTO calls (key, value, time) VALUES (?, ?, ?)",
-                [(key, json.dumps(value, ensure_ascii=False), now) for key, value in items.items()],
+                [(key, json.dumps(value, ensure_ascii=False), now) for key, value in rows.items()],
             )
-        self._waiting.clear()
+            self._waiting = {}
 
     def put_soon(self, key: str, value: Any) -> None:
         """Write this with the next `put`, or when the cache is closed: what may be lost if it is killed."""
-        self._waiting[key] = value
+        with self._lock:
+            self._waiting[key] = value
 
     def close(self) -> None:
         if self._waiting:
@@ -85,7 +92,7 @@ class LeafCache:
 
 
 def _open(path: Path | None) -> sqlite3.Connection:
-    db = sqlite3.connect(str(path or ":memory:"), timeout=5.0)
+    db = sqlite3.connect(str(path or ":memory:"), timeout=5.0, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")

@@ -12,6 +12,7 @@ from pydantic import Field
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Stage
 from agentctx.workflows import cost
+from agentctx.workflows.combine import Item
 from agentctx.workflows.definition.neural import draft, notes_read
 from agentctx.workflows.definition.schema import Form
 from agentctx.workflows.definition.site import NodeType, Result, Site, Step, cut_of
@@ -130,11 +131,11 @@ def _filter(site: Site) -> Step:
         if port.kind == "chunks":
             return Result([number for number in given if fits(run, split, number)])
         records = run.cache.get_many(list(given.values()))
-        kept = {
-            n: key
-            for n, key in given.items()
-            if fits(run, split, int(n)) and sure(run, split, int(n), records[key])
-        }
+
+        def wanted(number: int, key: str) -> bool:
+            return fits(run, split, number) and sure(run, split, number, records[key])
+
+        kept = await asyncio.to_thread(lambda: {n: key for n, key in given.items() if wanted(int(n), key)})
         return Result(kept, not_forwarded=len(given) - len(kept))
 
     return step
@@ -204,12 +205,11 @@ def _index(run: RunContext, split: Site) -> FirstStage:
 
 def _merge(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
-        items = [
-            item
-            for port in site.ports
-            if port.origin
-            for item in items_of(run, cut_of(port.origin, run.scope), {"reads": values.get(port.key, {})})
-        ]
+        items: list[Item] = []
+        for port in site.ports:
+            if port.origin:
+                made = cut_of(port.origin, run.scope)
+                items += await asyncio.to_thread(items_of, run, made, {"reads": values.get(port.key, {})})
         return Result(draft(united(run, items, site.params.operation)))
 
     return step
@@ -224,7 +224,9 @@ def _vote(site: Site) -> Step:
         port = site.ports[0]
         assert port.origin
         labels = reader_of(site).params.labels
-        record, left_out = elected(run, cut_of(port.origin, run.scope), values.get(port.key, {}), labels)
+        record, left_out = await asyncio.to_thread(
+            elected, run, cut_of(port.origin, run.scope), values.get(port.key, {}), labels
+        )
         return Result(draft(record), not_forwarded=left_out)
 
     return step
@@ -239,7 +241,7 @@ def reader_of(site: Site) -> Site:
 def _list(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         points = []
-        for note in notes_read(run, site, values):
+        for note in await asyncio.to_thread(notes_read, run, site, values):
             part = ""
             port = site.ports[0]
             if note.read >= 0 and port.origin and len(site.ports) == 1:

@@ -5,6 +5,7 @@ Calls after the reads: none. Weights are the reads' own confidence.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -79,7 +80,9 @@ class Classify(Pipeline):
         return []
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        draft, left_out = elected(run, made, state.get("reads", {}), run.scope.task.labels)
+        draft, left_out = await asyncio.to_thread(
+            elected, run, made, state.get("reads", {}), run.scope.task.labels
+        )
         return {"draft": draft, "not_forwarded": left_out}
 
 
