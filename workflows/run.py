@@ -102,6 +102,7 @@ class RunContext:
         self.ledger = Ledger(
             limit_of(self.scope.budget, self.plan.ceiling), hold=self.plan.hold, journal=self._journal
         )
+        self._completes = without_retries(self.plan).within(self.ledger.limit)  # a plan that fits always does
         self.retries_left = self.plan.retry_pool
         self.started = time.monotonic()
         self.gate = asyncio.Semaphore(self.scope.profile.concurrency)
@@ -172,8 +173,8 @@ class RunContext:
         return "seconds" if left <= min(finish, (self.scope.budget.seconds or 0) * (1 - WIND_DOWN)) else None
 
     def _budget_is_short(self) -> str | None:
-        if without_retries(self.plan).within(self.ledger.limit):
-            return None  # a plan that fits always completes
+        if self._completes:
+            return None
         used, limit = self.ledger.spent + self.ledger.reserved, self.ledger.limit
         for name in ("calls", "input_tokens", "output_tokens"):
             if getattr(used, name) >= WIND_DOWN * getattr(limit, name) and getattr(limit, name) < getattr(
