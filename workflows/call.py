@@ -117,8 +117,10 @@ async def _in_halves(
     A refused call costs no tokens, and two halves no more than their read and its like, so that two extra
     attempts of the run's pool pay for them: the plan's ceiling holds. Each half may be halved again.
     """
-    parts = halves(pieces, _sources(run), run.scope.counter) if role.schema and role.schema.joins else None
-    if role.schema is None or parts is None:
+    if role.schema is None or role.schema.joins is None:
+        return failure
+    parts = await asyncio.to_thread(halves, pieces, _sources(run), run.scope.counter)
+    if parts is None:
         return failure
     if not run.take_retry(2):
         return replace(failure, message=f"{failure.message}; no extra attempts are left to read it in halves")
