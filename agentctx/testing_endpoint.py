@@ -21,8 +21,8 @@ from agentctx.testing import Reply, WordCounter
 class ScriptedEndpoint:
     """Answers chat completions, streamed or not, by a reply function. `finished` are the prompts it answered.
 
-    `delay` is seconds per call; an exception that the function returns becomes a status 500. A prompt that with
-    its answer takes more tokens than `window` is refused, as servers refuse it; `refused` counts them.
+    `delay` is seconds per call; an exception that the function returns becomes a status 500. A prompt that
+    takes, with its answer, more tokens than `window` is refused as servers do it; `refused` counts these.
     """
 
     def __init__(self, reply: Reply, *, delay: float = 0.0, window: int | None = None) -> None:

@@ -5,8 +5,8 @@
 The endpoint is the scripted one of `agentctx.testing_endpoint` and answers each call after 50 ms, so 64 calls
 in flight take at least leaves / 64 * 50 ms. A first process runs undisturbed. A second one is killed when
 half of the calls are answered, and a third resumes it. Seconds are wall time of the question, with planning
-and the first imports; the processor time of the asking process and that of the endpoint, which is a process of
-its own, are given beside them, because both and everybody else on the machine share its cores.
+and the first imports; the processor time of the asking process is given beside them, and that of the endpoint
+in a process of its own, because both and everybody else on the machine share its cores.
 """
 
 from __future__ import annotations

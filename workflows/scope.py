@@ -62,8 +62,8 @@ class Scope:
         told = [] if self.counter.exact else ["tokens are estimated and raised by a quarter"]
         if reads and self.profile.kind == "endpoint":
             told.append(
-                f"the endpoint takes {self.profile.context:,} tokens; a read that it refuses as too long is read "
-                "in halves, each time for two of the extra attempts"
+                f"the endpoint takes {self.profile.context:,} tokens; a read that it refuses as too long is "
+                "read in halves, each time for two of the extra attempts"
             )
         return told
 

@@ -88,8 +88,9 @@ def test_a_run_that_is_removed_leaves_no_checkpoints_in_postgres(postgres, tmp_p
         with psycopg.connect(postgres) as connection:
             tables = ("checkpoints", "checkpoint_writes", "checkpoint_blobs")
             return [
-                connection.execute(f"SELECT count(*) FROM {table} WHERE thread_id LIKE %s", [f"{run}:%"])
-                .fetchone()[0]
+                connection.execute(
+                    f"SELECT count(*) FROM {table} WHERE thread_id LIKE %s", [f"{run}:%"]
+                ).fetchone()[0]
                 for run in ("gone", "stays")
                 for table in tables
             ]

@@ -29,7 +29,7 @@ def test_one_context_is_asked_twice_and_streamed(tmp_path):
 
 def test_an_endpoint_that_takes_less_than_it_was_said_to_is_read_in_halves(tmp_path):
     reply = finding(r"The code of (\w+ is \w+)\.")
-    with ScriptedEndpoint(reply, window=1350) as endpoint:
+    with ScriptedEndpoint(reply, window=1700) as endpoint:
         ctx = Context.open(
             [Document.of(TEXT[-9000:], "hay.txt")],
             model="openai:scripted",

@@ -18,7 +18,10 @@ THREADS = 6
 
 def document(seed, sentences=200):
     rng = random.Random(seed)
-    lines = [f"Sentence {n} \u201cspeaks\u201d of {rng.randrange(10**6)} and exam-\nples." for n in range(sentences)]
+    lines = [
+        f"Sentence {n} \u201cspeaks\u201d of {rng.randrange(10**6)} and exam-\nples."
+        for n in range(sentences)
+    ]
     return Document.of("  ".join(lines), f"{seed}.txt")
 
 
@@ -31,7 +34,9 @@ def test_threads_that_verify_at_once_agree_with_one_alone(seed, data):
         text = data.draw(st.sampled_from(documents)).text
         start = data.draw(st.integers(0, len(text) - 60))
         quote = text[start : start + 60]
-        change = data.draw(st.sampled_from((str, str.upper, lambda q: q.replace("-\n", ""), lambda q: q + "x9")))
+        change = data.draw(
+            st.sampled_from((str, str.upper, lambda q: q.replace("-\n", ""), lambda q: q + "x9"))
+        )
         quotes.append(change(quote.replace("  ", " ")))
     alone = Verifier(documents)
     expected = [alone.verify(quote, documents[0].id) for quote in quotes]

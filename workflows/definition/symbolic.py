@@ -115,7 +115,9 @@ def _filter(site: Site) -> Step:
         made = cut_of(split, run.scope)
         pieces = made.pieces(run.scope, made.reads[number])
         named = not params.sources or any(fnmatchcase(p[0], glob) for p in pieces for glob in params.sources)
-        return named and (not words or any(word in _text(run.scope, split, number).casefold() for word in words))
+        return named and (
+            not words or any(word in _text(run.scope, split, number).casefold() for word in words)
+        )
 
     def sure(run: RunContext, split: Site, number: int, data: Mapping[str, Any]) -> bool:
         if data.get("confidence", 5) < params.min_confidence:
@@ -187,7 +189,7 @@ def _select_ceiling(site: Site, scope: Scope) -> list[Stage]:
         return []
     if scope.reader is None:
         raise ConfigError(
-            f"{site.name} selects by likelihood, and {scope.profile.name} cannot score text without generating",
+            f"{site.name} selects by likelihood; {scope.profile.name} cannot score text without generating",
             hint="write by: words, or run it with a local model",
         )
     question, reads = _query(site, scope), range(len(cut_of(split, scope).reads))

@@ -411,7 +411,7 @@ def test_select_by_likelihood_finds_what_the_words_do_not(tmp_path):
     plan, answer = kept(ctx, PARAPHRASE, flow)
     assert [stage.name for stage in plan.stages if not stage.cost.calls] == ["best"]
     assert (answer.text, answer.usage.calls) == ("Zed is K77 [1]", 1)
-    assert 0 < answer.usage.scored and answer.usage.input_tokens <= plan.ceiling.input_tokens
+    assert answer.usage.scored > 0 and answer.usage.input_tokens <= plan.ceiling.input_tokens
     assert answer.coverage.scored > answer.coverage.read
     by_words = opened(tmp_path, WEIGHING.replace(", by: likelihood", ""))
     assert "K77" not in weighing(reader, text)[1].ask(PARAPHRASE, strategy=by_words).text
