@@ -106,8 +106,8 @@ class RunContext:
         self.retries_left = self.plan.retry_pool
         self.started = time.monotonic()
         self.gate = asyncio.Semaphore(self.scope.profile.concurrency)
-        # Calls that are prepared: more than can be in flight, so that no place waits for a prompt, and not all,
-        # or ten thousand reads would make theirs before the first is sent.
+        # Calls that are prepared: more than can be in flight, so that no place waits for a prompt, but not
+        # all, or ten thousand reads would make theirs before the first is sent.
         self.desk = asyncio.Semaphore(2 * self.scope.profile.concurrency)
         self.inflight: dict[str, asyncio.Task[object]] = {}
         self.stopped_because: str | None = None

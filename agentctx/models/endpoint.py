@@ -201,7 +201,7 @@ def endpoint_chat(
         max_retries=0,
         stream_usage=True,
         use_responses_api=False,
-        http_async_client=lanes_client(concurrency, timeout),
+        http_async_client=lanes_client(base_url, concurrency, timeout),
     )
 
 

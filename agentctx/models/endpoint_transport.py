@@ -44,11 +44,11 @@ class Lanes(TRANSPORT.AsyncBaseTransport):  # type: ignore[misc]  # of httpx or 
             await lane.aclose()
 
 
-def lanes_client(lanes: int, timeout: float) -> Any | None:
+def lanes_client(base_url: str | None, lanes: int, timeout: float) -> Any | None:
     """An HTTP client for openai's; None where a proxy is set, which only a client of its own making finds."""
-    return None if getproxies() else _client(lanes, timeout)
+    return None if getproxies() else _client(base_url, lanes, timeout)
 
 
-@functools.cache  # for the whole process: connections outlive the context that opened them
-def _client(lanes: int, timeout: float) -> Any:
+@functools.cache  # for the whole process and each endpoint: connections outlive the context that opened them
+def _client(base_url: str | None, lanes: int, timeout: float) -> Any:
     return openai.DefaultAsyncHttpxClient(timeout=timeout, transport=Lanes(lanes))
