@@ -1,7 +1,7 @@
 """The connections to an endpoint, each call on the next of several pools.
 
 httpx's pool looks at every connection it holds when a request comes and when one goes, and asks the system of
-each idle one whether it is still open. With 64 calls in flight that took more time than all else of a short call.
+each idle one whether it is still open: with 64 calls in flight, most of the time that a short call took.
 """
 
 from __future__ import annotations

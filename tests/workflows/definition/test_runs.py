@@ -14,7 +14,7 @@ from agentctx.api import Context, Stop
 from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, ModelError
 from agentctx.memory.types import Budget, Cost, Document
 from agentctx.paths import Paths
-from agentctx.testing import FaultyChat, ScriptedChat, ScriptedReader, fenced_texts, finding, scripted_model
+from agentctx.testing import FaultyChat, ScriptedChat, fenced_texts, finding, scripted_model
 from agentctx.workflows.definition import table
 from agentctx.workflows.definition.folder import open_definition
 from agentctx.workflows.definition.site import NodeType, Result
@@ -379,70 +379,3 @@ def test_a_node_type_of_another_package_is_found_by_its_entry_point(tmp_path, mo
     assert answer.coverage.read == answer.coverage.total
     with pytest.raises(ConfigError, match="no_such:X cannot be loaded"):
         opened(tmp_path, text.replace("type: even", "type: broken"))
-
-
-WEIGHING = """\
-version: 1
-name: weigh
-nodes:
-  cut: {type: split, with: {chunk_tokens: 100}}
-  best: {type: select, with: {k: 1, by: likelihood}, max_visits: 3}
-  say: {type: answer}
-edges:
-  - {source: START, target: cut}
-  - {source: cut, target: best}
-  - {source: best, target: say}
-  - {source: say, match: {path: no_information, cases: {"true": best}, default: END}}
-"""
-PARAPHRASE = "Which sign was Zed given?"
-
-
-def weighing(reader, text, budget=None):
-    chat = ScriptedChat(reply=finding(NEEDLE))
-    model = scripted_model(chat, context=1500, reader=reader)
-    return chat, Context.open([Document.of(text, "hay.txt")], model=model, ephemeral=True)
-
-
-def test_select_by_likelihood_finds_what_the_words_do_not(tmp_path):
-    flow = opened(tmp_path, WEIGHING)
-    text = haystack(400).replace("Sentence 7 ", "Which sign was given to Sentence 7 ")
-    reader = ScriptedReader(lambda question, text: 20.0 * ("code of Zed" in text))
-    chat, ctx = weighing(reader, text)
-    plan, answer = kept(ctx, PARAPHRASE, flow)
-    assert [stage.name for stage in plan.stages if not stage.cost.calls] == ["best"]
-    assert (answer.text, answer.usage.calls) == ("Zed is K77 [1]", 1)
-    assert answer.usage.scored > 0 and answer.usage.input_tokens <= plan.ceiling.input_tokens
-    assert answer.coverage.scored > answer.coverage.read
-    by_words = opened(tmp_path, WEIGHING.replace(", by: likelihood", ""))
-    assert "K77" not in weighing(reader, text)[1].ask(PARAPHRASE, strategy=by_words).text
-
-
-def test_a_later_visit_weighs_what_is_left(tmp_path):
-    flow = opened(tmp_path, WEIGHING)
-    looked = ("Sentence 300 ", "Sentence 250 ", "code of Zed")
-
-    def score(question, text):
-        return max((90.0 - 20 * n for n, words in enumerate(looked) if words in text), default=0.0)
-
-    chat, ctx = weighing(ScriptedReader(score), haystack(400))
-    _, answer = kept(ctx, QUESTION, flow)
-    assert "K77" in answer.text
-    assert ["Sentence 300 " in chat.prompts[0], "Sentence 250 " in chat.prompts[1]] == [True, True]
-
-
-def test_a_model_that_cannot_score_is_refused_by_the_plan(tmp_path):
-    flow = opened(tmp_path, WEIGHING)
-    _, ctx = weighing(None, haystack(400))
-    with pytest.raises(ConfigError, match="best selects by likelihood") as caught:
-        ctx.plan(QUESTION, strategy=flow)
-    assert "by: words" in caught.value.hint
-
-
-def test_without_tokens_to_look_words_decide_and_that_is_said(tmp_path):
-    flow = opened(tmp_path, WEIGHING)
-    reader = ScriptedReader(lambda question, text: 1.0)
-    _, ctx = weighing(reader, haystack(400))
-    plan = ctx.plan(QUESTION, strategy=flow)
-    held = plan.hold.input_tokens
-    answer = ctx.ask(QUESTION, strategy=flow, budget=Budget(input_tokens=held + 5))
-    assert "ranked_by_words" in {warning.code for warning in answer.warnings}
