@@ -3,7 +3,7 @@
 import pytest
 
 from agentctx.api import Context
-from agentctx.memory.errors import ConfigError
+from agentctx.memory.errors import BudgetExceeded, ConfigError
 from agentctx.memory.types import Budget, Cost, Document
 from agentctx.testing import ScriptedChat, ScriptedReader, finding, scripted_model
 from agentctx.workflows.definition.folder import open_definition
@@ -95,5 +95,8 @@ def test_without_tokens_to_look_words_decide_and_that_is_said(tmp_path):
     _, ctx = weighing(reader, haystack(400))
     plan = ctx.plan(QUESTION, strategy=flow)
     held = plan.hold.input_tokens
-    answer = ctx.ask(QUESTION, strategy=flow, budget=Budget(input_tokens=held + 5))
+    with pytest.raises(BudgetExceeded) as caught:
+        ctx.ask(QUESTION, strategy=flow, budget=Budget(input_tokens=held + 5))
+    answer = caught.value.partial
     assert "ranked_by_words" in {warning.code for warning in answer.warnings}
+    assert (answer.text, answer.usage.scored) == ("Zed is K77 [1]", 0)
