@@ -72,8 +72,8 @@ class ScriptedEndpoint:
         read = counter.count_messages(messages)
         if self.window is not None and read + body.get("max_tokens", 0) > self.window:
             self.refused += 1
-            message = f"This model's maximum context length is {self.window} tokens, you sent {read}"
-            error = {"message": message, "code": "context_length_exceeded"}
+            told = f"This model's maximum context length is {self.window} tokens, you sent {read}"
+            error = {"message": told, "code": "context_length_exceeded"}
             return _send(handler, 400, "application/json", {"error": error})
         said = reply(messages)
         if isinstance(said, Exception):

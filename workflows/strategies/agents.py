@@ -125,8 +125,9 @@ class Agents(Strategy):
         update = await answer_doubling(run, best_first(notes))
         found = {span for note in notes for span in note.spans}
         new = found - {span for note in before for span in note.spans}
-        ends = not new or len(rounds) >= self.rounds or run.winding_down()
-        ends = ends or await asyncio.to_thread(is_grounded, run, update)
+        ends = not new or len(rounds) >= self.rounds or run.winding_down() is not None
+        if not ends:
+            ends = await asyncio.to_thread(is_grounded, run, update)
         return {**update, "route": "verify" if ends else "read"}
 
     def _notes(self, run: RunContext, state: AgentsState) -> list[Note]:

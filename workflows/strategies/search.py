@@ -216,8 +216,9 @@ class Search(Strategy):
             update = {**await answer_pieces(run, pieces), "not_forwarded": len(notes) - len(pieces)}
         # A first round without a find is no reason to stop: the next queries may use other words.
         stale = not register["next"] or (not register["new"] and done > 1)
-        ends = done >= self.rounds or stale or run.winding_down()
-        ends = ends or await asyncio.to_thread(is_grounded, run, update)
+        ends = done >= self.rounds or stale or run.winding_down() is not None
+        if not ends:
+            ends = await asyncio.to_thread(is_grounded, run, update)
         return {**update, "round": done, "route": "verify" if ends else "queries"}
 
     def _first_stage(self, scope: Scope) -> FirstStage:
