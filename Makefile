@@ -52,7 +52,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 
 $(VENV)/.tested: pyproject.toml | $(VENV)/.created
 	@echo "installing agentctx, its extras and the test tools into $(VENV); the first time takes minutes"
-	$(PIP) $(TORCH) -e ".[office,pdf-crypto]" --group test
+	$(PIP) $(TORCH) -e ".[office,pdf-crypto,postgres]" --group test
 	@touch $@ $(VENV)/.installed
 
 # The oldest Triton that is supported, beside the installed one: its compiler is tested as well.

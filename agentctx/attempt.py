@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentctx.memory.errors import AgentctxError, BudgetExceeded
 from agentctx.memory.types import Answer
-from agentctx.runs import Runs
+from agentctx.runs import Runs, thread_of
 from agentctx.session import execute, outcome
 from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.conclude import ANSWER
@@ -50,8 +50,7 @@ async def carried_out(
     if cache.warning:
         run.warn("cache_damaged", cache.warning)
     run.ledger.replay(past)
-    # With its start, because a database may be shared, and an id may be used again once a run is removed.
-    thread = f"{run_id}:{manifest['attempt']}:{manifest['started']}"
+    thread = thread_of(run_id, manifest, manifest["attempt"])
     try:
         answer = await execute(run, strategy, context.corpus, folder, thread)
         status = {"status": answer.status, "answer": ANSWER.dump_python(answer, mode="json")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
+from agentctx.blocking import blocking
 from agentctx.memory.errors import ConfigError, StoreError
 
 VARIABLE = "AGENTCTX_CHECKPOINTS"
@@ -42,6 +43,20 @@ async def open_saver(folder: Path | None) -> AsyncIterator[BaseCheckpointSaver[A
         async with AsyncSqliteSaver.from_conn_string(str(folder / "checkpoints.db")) as sqlite:
             sqlite.serde = serde
             yield sqlite
+
+
+async def _forget(threads: Iterable[str]) -> None:
+    """Delete what a database that the user named keeps of these threads; SQLite goes with its run's folder.
+
+    Raises what `open_saver` raises.
+    """
+    if address := os.environ.get(VARIABLE, ""):
+        async with _postgres(address, JsonPlusSerializer(allowed_msgpack_modules=None)) as saver:
+            for thread in threads:
+                await saver.adelete_thread(thread)
+
+
+forget = blocking(_forget)
 
 
 @contextlib.asynccontextmanager

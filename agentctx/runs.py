@@ -96,6 +96,25 @@ class Runs:
         return read_trace(path) if path.exists() else iter(())
 
     def remove(self, run_id: str) -> None:
-        """Delete the run's manifest, trace and checkpoints."""
-        self.manifest(run_id)
+        """Delete the run's manifest, trace and checkpoints.
+
+        Those in a database are deleted first, in the one that is named now; StoreError if it does not answer.
+        """
+        from agentctx.checkpoints import forget
+
+        try:
+            manifest = self.manifest(run_id)
+        except StoreError:  # damaged, or of another version: it does not say which threads are its own
+            threads = []
+        else:
+            threads = [thread_of(run_id, manifest, number) for number in range(manifest["attempt"] + 1)]
+        forget(threads)
         shutil.rmtree(self.folder(run_id))
+
+
+def thread_of(run_id: str, manifest: dict[str, Any], attempt: int) -> str:
+    """Under what the checkpoints of an attempt are kept.
+
+    With the run's start, because a database may be shared, and an id may be used again once a run is removed.
+    """
+    return f"{run_id}:{attempt}:{manifest['started']}"

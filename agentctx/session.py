@@ -82,9 +82,9 @@ async def _answer(
             await main
         # What is in memory is enough for an answer without a further call.
         run.stopped_because = run.stopped_because or run.stop.reason
-        run.see({"spans": strategy.salvage(run, run.seen)})
+        run.see({"spans": await asyncio.to_thread(strategy.salvage, run, run.seen)})
         covered = strategy.covered(run.scope, run.seen)
-        return ANSWER.validate_python(conclude(run, run.seen, covered, strategy.name))
+        return ANSWER.validate_python(await conclude(run, run.seen, covered, strategy.name))
     finally:
         for pending in (main, cancelled):
             pending.cancel()

@@ -21,10 +21,13 @@ from agentctx.testing import Reply, WordCounter
 class ScriptedEndpoint:
     """Answers chat completions, streamed or not, by a reply function. `finished` are the prompts it answered.
 
-    `delay` is seconds per call; an exception that the function returns becomes a status 500.
+    `delay` is seconds per call; an exception that the function returns becomes a status 500. A prompt that
+    takes, with its answer, more tokens than `window` is refused as servers do it; `refused` counts these.
     """
 
-    def __init__(self, reply: Reply, *, delay: float = 0.0) -> None:
+    def __init__(self, reply: Reply, *, delay: float = 0.0, window: int | None = None) -> None:
+        self.window = window
+        self.refused = 0
         self.finished: list[str] = []
         self.started = 0
         self.ended = 0  # answered, or given up because the client was gone
@@ -65,16 +68,19 @@ class ScriptedEndpoint:
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], reply: Reply) -> None:
         messages = [_message(item) for item in body["messages"]]
+        counter = WordCounter()
+        read = counter.count_messages(messages)
+        if self.window is not None and read + body.get("max_tokens", 0) > self.window:
+            self.refused += 1
+            told = f"This model's maximum context length is {self.window} tokens, you sent {read}"
+            error = {"message": told, "code": "context_length_exceeded"}
+            return _send(handler, 400, "application/json", {"error": error})
         said = reply(messages)
         if isinstance(said, Exception):
             return _send(handler, 500, "application/json", {"error": {"message": str(said)}})
         text = said if isinstance(said, str) else json.dumps(said)
-        counter = WordCounter()
-        usage = {
-            "prompt_tokens": counter.count_messages(messages),
-            "completion_tokens": counter.count_text(text),
-            "total_tokens": counter.count_messages(messages) + counter.count_text(text),
-        }
+        written = counter.count_text(text)
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         common = {"id": "scripted", "created": 1, "model": body["model"]}
         if body.get("stream"):
             choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": "stop"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class LeafCache:
 
     def __init__(self, path: Path | None) -> None:
         self.warning = ""  # set when a damaged cache was put aside
+        self._waiting: dict[str, Any] = {}
+        self._lock = threading.Lock()  # one connection: quotes are verified in threads, and notes kept there
         if path:
             make_private(path.parent)
         try:
@@ -45,16 +48,22 @@ class LeafCache:
             self._db = _open(path)
 
     def get(self, key: str) -> Any | None:
-        row = self._db.execute("SELECT value FROM calls WHERE key = ?", (key,)).fetchone()
+        if key in self._waiting:
+            return self._waiting[key]
+        with self._lock:
+            row = self._db.execute("SELECT value FROM calls WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def get_many(self, keys: list[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
-        found: dict[str, Any] = {}
+        found = {key: self._waiting[key] for key in keys if key in self._waiting}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
-            rows = self._db.execute(f"SELECT key, value FROM calls WHERE key IN ({marks})", part)
+            with self._lock:
+                rows = self._db.execute(
+                    f"SELECT key, value FROM calls WHERE key IN ({marks})", part
+                ).fetchall()
             found.update((key, json.loads(value)) for key, value in rows)
         return found
 
@@ -62,18 +71,28 @@ class LeafCache:
         self.put_many({key: value})
 
     def put_many(self, items: dict[str, Any]) -> None:
-        with self._db:
+        """Write these, and what waits, in one transaction."""
+        with self._lock, self._db:
+            rows, now = {**self._waiting, **items}, time.time()
             self._db.executemany(
                 "INSERT OR REPLACE INTO calls (key, value, time) VALUES (?, ?, ?)",
-                [(key, json.dumps(value, ensure_ascii=False), time.time()) for key, value in items.items()],
+                [(key, json.dumps(value, ensure_ascii=False), now) for key, value in rows.items()],
             )
+            self._waiting = {}
+
+    def put_soon(self, key: str, value: Any) -> None:
+        """Write this with the next `put`, or when the cache is closed: what may be lost if it is killed."""
+        with self._lock:
+            self._waiting[key] = value
 
     def close(self) -> None:
+        if self._waiting:
+            self.put_many({})
         self._db.close()
 
 
 def _open(path: Path | None) -> sqlite3.Connection:
-    db = sqlite3.connect(str(path or ":memory:"), timeout=5.0)
+    db = sqlite3.connect(str(path or ":memory:"), timeout=5.0, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")

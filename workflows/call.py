@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from langchain_core.language_models import BaseChatModel
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from agentctx.memory.types import Failure
 from agentctx.workflows.cache import call_key
+from agentctx.workflows.halves import Pieces, halves
 from agentctx.workflows.ports import CALL, SOURCES
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
@@ -28,7 +30,6 @@ from agentctx.workflows.send import Attempt, attempt_call
 from agentctx.workflows.state import Record
 
 MAX_RETRIES = 2  # per call, out of the run's pool
-Pieces = Sequence[tuple[str, str]]  # (label, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +82,62 @@ async def ask(
         **({"composed": True} if model else {}),
     )
     with run.trace.span():
-        cached = run.cache.get(key)
-        if cached is not None:
-            run.cached += 1
-            run.trace.emit("cache.hit", role=role.name, key=key)
-            return Record(key, role.name, cached)
-        if key not in run.inflight:
-            by = model or run.model
-            work = _attempts(run, role, question, pieces, key, by, finishing=finishing, stream=stream)
-            task = asyncio.create_task(work)
-            run.inflight[key] = task
-            task.add_done_callback(lambda _: run.inflight.pop(key, None))
-        # An equal call that is on its way already is awaited, not paid twice.
-        result = cast("Record | Failure", await run.inflight[key])
+        async with run.desk:
+            cached = run.cache.get(key)
+            if cached is not None:
+                run.cached += 1
+                run.trace.emit("cache.hit", role=role.name, key=key)
+                return Record(key, role.name, cached)
+            if key not in run.inflight:
+                by = model or run.model
+                work = _attempts(run, role, question, pieces, key, by, finishing=finishing, stream=stream)
+                task = asyncio.create_task(work)
+                run.inflight[key] = task
+                task.add_done_callback(lambda _: run.inflight.pop(key, None))
+            # An equal call that is on its way already is awaited, not paid twice.
+            result = cast("Record | Failure", await run.inflight[key])
+        if isinstance(result, Failure) and result.kind == "overflow":
+            again = partial(ask, run, role, question, finishing=finishing, model=model)
+            result = await _in_halves(run, role, pieces, key, result, again)
         if isinstance(result, Failure):
             run.trace.emit("failure", role=role.name, kind=result.kind, message=result.message)
         return result
+
+
+async def _in_halves(
+    run: RunContext,
+    role: Role,
+    pieces: Pieces,
+    key: str,
+    failure: Failure,
+    again: Callable[[Pieces], Awaitable[Record | Failure]],
+) -> Record | Failure:
+    """What two calls over a half each gave, joined and kept as if one call had given it.
+
+    A refused call costs no tokens, and two halves no more than their read and its like, so that two extra
+    attempts of the run's pool pay for them: the plan's ceiling holds. Each half may be halved again.
+    """
+    if role.schema is None or role.schema.joins is None:
+        return failure
+    parts = await asyncio.to_thread(halves, pieces, _sources(run), run.scope.counter)
+    if parts is None:
+        return failure
+    if not run.take_retry(2):
+        return replace(failure, message=f"{failure.message}; no extra attempts are left to read it in halves")
+    name, context = run.scope.profile.name, run.scope.profile.context
+    run.warn("halved", f"{name} takes less than {context:,} tokens: what it refused was read in halves")
+    run.trace.emit("halved", role=role.name, key=key)
+    found = await asyncio.gather(*map(again, parts))
+    failed = next((one for one in found if isinstance(one, Failure)), None)
+    if failed:
+        return failed
+    data = role.schema.joined([one.data for one in found if isinstance(one, Record)])
+    run.cache.put(key, data)
+    return Record(key, role.name, data)
+
+
+def _sources(run: RunContext) -> frozenset[str]:
+    return run.scope.keep("sources", lambda: frozenset(run.scope.labels()))
 
 
 async def _attempts(

@@ -6,6 +6,7 @@ moment, it gives a valid Answer.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Answer, Chunk, Citation, Coverage, Span, Status
 from agentctx.workflows.grounding import supported_part
 from agentctx.workflows.run import RunContext
+from agentctx.workflows.scope import Scope
 from agentctx.workflows.state import State
 
 ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
@@ -34,12 +36,11 @@ class Covered:
     not_forwarded: int = 0
 
 
-def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> dict[str, Any]:
+async def conclude(run: RunContext, state: State, covered: Covered, strategy: str) -> dict[str, Any]:
     """The Answer as JSON, every citation verified against the source text."""
-    verifier = run.scope.keep("verifier", lambda: Verifier(list(run.scope.documents.values())))
     draft = run.cache.get(state["draft"]) if state.get("draft") else None
-    chosen = _from_spans(run, verifier, state.get("spans", []))
-    claimed = _from_claims(run, verifier, draft or {})
+    # In a thread, because the first quote that is not exact has a whole document normalised.
+    chosen, claimed = await asyncio.to_thread(_verified, run.scope, state.get("spans", []), draft or {})
     citations = _unique([*chosen, *(citation for cited in claimed for citation in cited)])
     for citation in citations:
         run.trace.emit("verdict", source=citation.source, verdict=citation.verdict)
@@ -96,11 +97,19 @@ def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def _from_spans(run: RunContext, verifier: Verifier, spans: Sequence[Sequence[Any]]) -> list[Citation]:
+def _verified(
+    scope: Scope, spans: Sequence[Sequence[Any]], draft: dict[str, Any]
+) -> tuple[list[Citation], list[list[Citation]]]:
+    """The citations of the spans, and of each claim of the draft."""
+    verifier = scope.keep("verifier", lambda: Verifier(list(scope.documents.values())))
+    return _from_spans(scope, verifier, spans), _from_claims(scope, verifier, draft)
+
+
+def _from_spans(scope: Scope, verifier: Verifier, spans: Sequence[Sequence[Any]]) -> list[Citation]:
     """Citations of spans that code chose: the quote is cut from the source, then verified all the same."""
     citations = []
     for document_id, start, end, *_ in spans:
-        quote = run.scope.documents[document_id].text[start:end]
+        quote = scope.documents[document_id].text[start:end]
         citations.append(verifier.verify(quote, document_id, near=start))
     return citations
 
@@ -109,12 +118,12 @@ def _claims(draft: dict[str, Any]) -> list[dict[str, Any]]:
     return [*draft.get("claims", []), *draft.get("points", [])]
 
 
-def _from_claims(run: RunContext, verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
+def _from_claims(scope: Scope, verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
     """Per claim, the citations of the quotes that a model copied for it, or of the spans that code chose."""
     return [
         [
             *(verifier.verify(quote, claim=claim["text"]) for quote in claim["quotes"]),
-            *_from_spans(run, verifier, claim.get("spans", [])),
+            *_from_spans(scope, verifier, claim.get("spans", [])),
         ]
         for claim in _claims(draft)
     ]

@@ -47,14 +47,15 @@ class Cut:
     def covered(self, state: State) -> Covered:
         """What became of the chunks: `reads` and `failures` of the state are by the number of the read."""
 
-        def chunks_of(numbers: Iterable[str]) -> frozenset[int]:
-            return frozenset(i for n in numbers for i in self.reads[int(n)].chunks)
-
         failures = {n: f["kind"] for n, f in state.get("failures", {}).items() if n.isdigit()}
-        failed = chunks_of(n for n, kind in failures.items() if kind not in ("cancelled", "budget"))
-        read = chunks_of(state.get("reads", {}))
+        failed = self.chunks_of(int(n) for n, kind in failures.items() if kind not in ("cancelled", "budget"))
+        read = self.chunks_of(map(int, state.get("reads", {})))
         left_out = state.get("not_forwarded", 0)
         return Covered(self.chunks, read=read, failed=failed - read, not_forwarded=left_out)
+
+    def chunks_of(self, reads: Iterable[int]) -> frozenset[int]:
+        """The chunks of these reads."""
+        return frozenset(i for n in reads for i in self.reads[n].chunks)
 
 
 def cut(scope: Scope, role: Role, question: str, per: Part, limit: int | None = None, spare: int = 0) -> Cut:

@@ -133,7 +133,7 @@ class Strategy(ABC):
     async def _verify(self, run: RunContext, state: State) -> dict[str, Any]:
         direct = state.get("route") == "direct"
         covered = whole_covered(run.scope, state) if direct else self.covered(run.scope, state)
-        return {"answer": conclude(run, state, covered, "direct" if direct else self.name)}
+        return {"answer": await conclude(run, state, covered, "direct" if direct else self.name)}
 
 
 def _check_question(scope: Scope) -> None:

@@ -6,11 +6,12 @@ role's version, which is part of every cache key.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +33,18 @@ class Reply(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     example: ClassVar[Mapping[str, object]]
+    joins: ClassVar[str | None] = None  # its list, if what it says of two stretches of text can be joined
+
+    @classmethod
+    def joined(cls, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The records of neighbouring stretches of text as the record of all, each checked before."""
+        confidences = [record["confidence"] for record in records if "confidence" in record]
+        return {
+            **records[0],
+            str(cls.joins): [item for record in records for item in record[str(cls.joins)]],
+            "no_information": all(record["no_information"] for record in records),
+            **({"confidence": max(confidences)} if confidences else {}),
+        }
 
 
 class Claim(Reply):
@@ -60,6 +73,7 @@ class ReadReply(Reply):
     """What one stretch of text says about the question."""
 
     example = MappingProxyType({"facts": (CLAIM,), "confidence": 3, "no_information": False})
+    joins = "facts"
 
     facts: list[Claim] = Field(default_factory=list, max_length=16)
     confidence: int = Field(default=0, ge=0, le=5)
@@ -70,6 +84,7 @@ class SummaryReply(Reply):
     """The main points of one stretch of text, or of several summaries."""
 
     example = MappingProxyType({"points": (CLAIM,), "no_information": False})
+    joins = "points"
 
     points: list[Claim] = Field(default_factory=list, max_length=24)
     no_information: bool = False
@@ -123,6 +138,7 @@ class ShortAnswer(Role):
         return short_answer.clean_short_answer(reply)
 
 
+@functools.cache
 def _form(schema: type[Reply]) -> str:
     """The example as JSON; read-only mappings are dicts there."""
     return json.dumps(schema.example, separators=(", ", ": "), default=dict)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,31 +32,43 @@ class Stop:
         self.reason: str | None = None
         self.cancelled = False
         self._lock = threading.RLock()  # a signal handler may interrupt the thread that holds it
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._listeners: dict[object, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
 
     def request(self, reason: str) -> None:
         """Ask the run to finish with what it has; asked again, to drop what is in flight too."""
         with self._lock:
             self.cancelled = self.reason is not None
             self.reason = self.reason or reason
-            waiting = list(self._waiting)
-        for loop, event in waiting:
+            loops = {loop for loop, _ in self._listeners.values()}
+        for loop in loops:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(event.set)
+                loop.call_soon_threadsafe(self._tell, loop)
+
+    @contextmanager
+    def heard(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Call `listener` in the running loop at each request that comes inside the block."""
+        mark = object()
+        with self._lock:
+            self._listeners[mark] = asyncio.get_running_loop(), listener
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._listeners[mark]
 
     async def requested(self, *, twice: bool = False) -> None:
         """Wait for a request; with `twice`, for the second."""
-        while not (self.cancelled if twice else self.reason):
-            event = asyncio.Event()
-            entry = (asyncio.get_running_loop(), event)
-            with self._lock:
-                self._waiting.append(entry)
-            try:
-                if not (self.cancelled if twice else self.reason):
-                    await event.wait()
-            finally:
-                with self._lock:
-                    self._waiting.remove(entry)
+        event = asyncio.Event()
+        with self.heard(event.set):
+            while not (self.cancelled if twice else self.reason):
+                await event.wait()
+                event.clear()
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            listeners = [listener for its, listener in self._listeners.values() if its is loop]
+        for listener in listeners:
+            listener()
 
 
 @dataclass
@@ -89,9 +102,13 @@ class RunContext:
         self.ledger = Ledger(
             limit_of(self.scope.budget, self.plan.ceiling), hold=self.plan.hold, journal=self._journal
         )
+        self._completes = without_retries(self.plan).within(self.ledger.limit)  # a plan that fits always does
         self.retries_left = self.plan.retry_pool
         self.started = time.monotonic()
         self.gate = asyncio.Semaphore(self.scope.profile.concurrency)
+        # Calls that are prepared: more than can be in flight, so that no place waits for a prompt, but not
+        # all, or ten thousand reads would make theirs before the first is sent.
+        self.desk = asyncio.Semaphore(2 * self.scope.profile.concurrency)
         self.inflight: dict[str, asyncio.Task[object]] = {}
         self.stopped_because: str | None = None
 
@@ -111,14 +128,17 @@ class RunContext:
         """Keep a node's update at hand: a cancelled run concludes from it."""
         for key, value in update.items():
             old = self.seen.get(key)
-            merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-            self.seen[key] = merged  # type: ignore[literal-required]
+            if isinstance(old, dict) and isinstance(value, dict):
+                old.update(value)  # in place: a copy for each of many reads would cost their square
+            else:
+                kept = dict(value) if isinstance(value, dict) else value
+                self.seen[key] = kept  # type: ignore[literal-required]
 
-    def take_retry(self) -> bool:
-        """Take one extra attempt from the run's pool, if one is left and the run is not ending."""
-        if not self.retries_left or self.stop.reason:
+    def take_retry(self, attempts: int = 1) -> bool:
+        """Take extra attempts from the run's pool, if so many are left and the run is not ending."""
+        if self.retries_left < attempts or self.stop.reason:
             return False
-        self.retries_left -= 1
+        self.retries_left -= attempts
         return True
 
     def usage(self) -> Usage:
@@ -153,8 +173,8 @@ class RunContext:
         return "seconds" if left <= min(finish, (self.scope.budget.seconds or 0) * (1 - WIND_DOWN)) else None
 
     def _budget_is_short(self) -> str | None:
-        if without_retries(self.plan).within(self.ledger.limit):
-            return None  # a plan that fits always completes
+        if self._completes:
+            return None
         used, limit = self.ledger.spent + self.ledger.reserved, self.ledger.limit
         for name in ("calls", "input_tokens", "output_tokens"):
             if getattr(used, name) >= WIND_DOWN * getattr(limit, name) and getattr(limit, name) < getattr(

@@ -58,6 +58,16 @@ class Scope:
         count = self.counter.count_text(text)
         return count if self.counter.exact else -(-count * 5 // 4)
 
+    def assumptions(self, *, reads: bool = False) -> list[str]:
+        """What a plan takes for true of the model; `reads`: it reads chunk by chunk."""
+        told = [] if self.counter.exact else ["tokens are estimated and raised by a quarter"]
+        if reads and self.profile.kind == "endpoint":
+            told.append(
+                f"the endpoint takes {self.profile.context:,} tokens; a read that it refuses as too long is "
+                "read in halves, each time for two of the extra attempts"
+            )
+        return told
+
     def text(self, span: Span) -> str:
         return self.documents[span.document_id].text[span.start : span.end]
 

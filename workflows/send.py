@@ -94,7 +94,7 @@ def _outcome(run: RunContext, reply: AIMessage | None, error: ModelError | None)
             mode="json", include={"content", "usage_metadata", "response_metadata"}, exclude_none=True
         )
         key = call_key(reply=kept)
-        run.cache.put(key, kept)
+        run.cache.put_soon(key, kept)  # with the record that is made of it
         return {"reply": key}
     return {"error": [error.code, error.message]} if error else {}
 
@@ -139,19 +139,18 @@ def _timeout(run: RunContext, allowed: float | None) -> float:
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
     """The call itself, ended by its timeout or by the grace time after a stop request."""
-    call = asyncio.create_task(_invoke(run, role, messages, attempt))
-    stopped = asyncio.create_task(run.stop.requested())
-    try:
-        async with asyncio.timeout(_timeout(run, attempt.timeout)):
-            await asyncio.wait({call, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                async with asyncio.timeout(run.grace):
-                    await asyncio.wait({call})
-            return await call
-    finally:
-        for task in (call, stopped):
-            task.cancel()
-        await asyncio.gather(call, stopped, return_exceptions=True)
+    clock = asyncio.get_running_loop().time
+    async with asyncio.timeout(_timeout(run, attempt.timeout)) as deadline:
+
+        def soon() -> None:
+            when = deadline.when()
+            if when is not None and not deadline.expired():
+                deadline.reschedule(min(when, clock() + run.grace))
+
+        with run.stop.heard(soon):
+            if run.stop.reason:
+                soon()
+            return await _invoke(run, role, messages, attempt)
 
 
 async def _invoke(

@@ -18,6 +18,7 @@ from typing import IO, Any
 from agentctx.memory.atomic import make_private
 from agentctx.memory.errors import StoreError
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 _span: ContextVar[tuple[str, str, str]] = ContextVar("span", default=("0", "", ""))  # span, parent, node
 
 
@@ -74,7 +75,7 @@ class Trace:
         line = Event(self.run_id, self._seq, time.time(), span, parent, node, event, data)
         # Tokens of the final answer are shown, not kept: the whole reply follows in call.end.
         if self._file and event != "token":
-            self._file.write(json.dumps(line.as_dict(), ensure_ascii=False) + "\n")
+            self._file.write(_ENCODE(line.as_dict()) + "\n")
             self._file.flush()
         if self._listener:
             self._listener(line)

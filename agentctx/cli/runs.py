@@ -55,6 +55,9 @@ def resume(options: OutputOptions, run_id: RunId) -> None:
 @app.command("rm")
 def rm(run_ids: Annotated[list[str], typer.Argument(metavar="RUN_ID...")], json: Json = False) -> None:
     """Delete runs with their traces and checkpoints."""
+    from agentctx.settings import Settings
+
+    Settings.load({}).export_key()  # the address of the checkpoints, if they are in a database
     runs = _runs()
     for run_id in run_ids:
         runs.remove(run_id)

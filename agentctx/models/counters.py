@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, SystemMessage
 
 from agentctx.models.template import ChatTemplate
 
@@ -49,11 +50,23 @@ class EstimateCounter:
 
     def count_text(self, text: str) -> int:
         """Tokens of the bare text, estimated."""
-        return sum(weight * len(kind.findall(text)) for kind, weight in _WEIGHTS)
+        return _estimate(text)
 
     def count_messages(self, messages: Sequence[BaseMessage]) -> int:
         """Tokens of the finished prompt, estimated."""
-        return _PROMPT + sum(_MESSAGE + self.count_text(str(message.text)) for message in messages)
+        return _PROMPT + sum(_MESSAGE + self._of(message) for message in messages)
+
+    def _of(self, message: BaseMessage) -> int:
+        text = str(message.text)
+        return _instructions(text) if isinstance(message, SystemMessage) else _estimate(text)
+
+
+def _estimate(text: str) -> int:
+    return sum(weight * len(kind.findall(text)) for kind, weight in _WEIGHTS)
+
+
+# Ten thousand reads are sent with the same instructions, which are longer than a short chunk.
+_instructions = functools.lru_cache(maxsize=32)(_estimate)
 
 
 def least_tokens(messages: Sequence[BaseMessage]) -> int:

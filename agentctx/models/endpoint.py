@@ -27,6 +27,7 @@ from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.types import Notice
 from agentctx.models.counters import EstimateCounter, least_tokens
 from agentctx.models.endpoint_errors import CLIENT_ERRORS, as_model_error
+from agentctx.models.endpoint_transport import lanes_client
 from agentctx.models.load import Model
 from agentctx.models.weights import LOADER
 from agentctx.workflows.profile import ModelProfile
@@ -172,8 +173,12 @@ class _StreamWatch:
         self._chat.check_prompt(self._messages, self._reported)
 
 
-def endpoint_chat(name: str, *, base_url: str | None = None, timeout: float = TIMEOUT) -> EndpointChat:
+def endpoint_chat(
+    name: str, *, base_url: str | None = None, timeout: float = TIMEOUT, concurrency: int = CONCURRENCY
+) -> EndpointChat:
     """The chat model `name` at `base_url`, greedy unless a call says otherwise; `timeout` in seconds.
+
+    `concurrency`: calls that will be in flight at a time; more are served too.
 
     The key is the first of AGENTCTX_API_KEY and OPENAI_API_KEY that is set; a server that wants none gets a
     placeholder. Without a URL it is OpenAI's, which needs a key (ConfigError).
@@ -196,6 +201,7 @@ def endpoint_chat(name: str, *, base_url: str | None = None, timeout: float = TI
         max_retries=0,
         stream_usage=True,
         use_responses_api=False,
+        http_async_client=lanes_client(base_url, concurrency, timeout),
     )
 
 
@@ -211,7 +217,7 @@ def open_endpoint(
             f"the endpoint of {name!r} is not on this machine, and this run is offline",
             hint="name an endpoint on localhost, or a local model",
         )
-    chat = endpoint_chat(name, base_url=base_url)
+    chat = endpoint_chat(name, base_url=base_url, concurrency=concurrency or CONCURRENCY)
     context = window or _ask_window(chat)
     warnings: tuple[Notice, ...] = ()
     if context is None:

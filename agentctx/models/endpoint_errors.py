@@ -24,13 +24,13 @@ _OVERFLOW_WORDS = (
     "too many tokens",
 )
 # httpx under openai 2, httpx2 under 3: the module of the class that its own client extends.
-_TRANSPORT: Any = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
+TRANSPORT: Any = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # how the clients meet odd JSON
 
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
     openai.OpenAIError,
     LangChainException,
-    _TRANSPORT.HTTPError,
+    TRANSPORT.HTTPError,
     TimeoutError,
     *_MALFORMED,
 )
@@ -58,7 +58,7 @@ def as_model_error(error: Exception, *, place: str = "the endpoint", secret: str
         return ModelError(
             f"{place} cannot be reached: {said}", hint="is the server running, and the URL right?"
         )
-    if isinstance(error, openai.OpenAIError | _TRANSPORT.HTTPError):
+    if isinstance(error, openai.OpenAIError | TRANSPORT.HTTPError):
         return ModelError(f"{place} broke off: {said}")
     if isinstance(error, _MALFORMED):
         return ModelError(f"{place} sent a malformed reply: {said}", code="malformed")
@@ -102,7 +102,7 @@ def _is_overflow(error: Exception, said: str) -> bool:
 
 
 def _is_timeout(error: Exception) -> bool:
-    return isinstance(error, TimeoutError | openai.APITimeoutError | _TRANSPORT.TimeoutException)
+    return isinstance(error, TimeoutError | openai.APITimeoutError | TRANSPORT.TimeoutException)
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

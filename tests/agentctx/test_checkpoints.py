@@ -11,9 +11,10 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentctx.api import Context
 from agentctx.checkpoints import VARIABLE, open_saver
-from agentctx.memory.errors import ConfigError, StoreError
+from agentctx.memory.errors import ConfigError, InputError, StoreError
 from agentctx.memory.types import Document
 from agentctx.paths import Paths
+from agentctx.runs import Runs
 from agentctx.testing import ScriptedChat, finding, scripted_model
 from agentctx.testing_endpoint import ScriptedEndpoint
 
@@ -78,6 +79,54 @@ def test_a_run_keeps_its_checkpoints_in_postgres(postgres, tmp_path, monkeypatch
         (kept,) = connection.execute("SELECT count(*) FROM checkpoints WHERE thread_id LIKE 'r:%'").fetchone()
     assert kept > 3
     assert postgres not in (tmp_path / "state" / "runs" / "r" / "run.json").read_text()
+
+
+def test_a_run_that_is_removed_leaves_no_checkpoints_in_postgres(postgres, tmp_path, monkeypatch):
+    import psycopg
+
+    def kept():
+        with psycopg.connect(postgres) as connection:
+            tables = ("checkpoints", "checkpoint_writes", "checkpoint_blobs")
+            return [
+                connection.execute(
+                    f"SELECT count(*) FROM {table} WHERE thread_id LIKE %s", [f"{run}:%"]
+                ).fetchone()[0]
+                for run in ("gone", "stays")
+                for table in tables
+            ]
+
+    monkeypatch.setenv(VARIABLE, postgres)
+    for run_id in ("gone", "stays"):
+        _answer(_paths(tmp_path), run_id)
+    before = kept()
+    assert all(before)
+    runs = Runs(_paths(tmp_path).runs)
+    runs.remove("gone")
+    assert kept() == [0, 0, 0, *before[3:]]
+    assert [info.run_id for info in runs.list()] == ["stays"]
+
+
+def test_a_run_stays_while_its_database_cannot_be_reached(tmp_path, monkeypatch):
+    pytest.importorskip("psycopg", reason="needs the extra postgres")
+    _answer(_paths(tmp_path))
+    monkeypatch.setenv(VARIABLE, "postgresql://me:hunter2@127.0.0.1:1/db")
+    runs = Runs(_paths(tmp_path).runs)
+    with pytest.raises(StoreError, match="cannot be used"):
+        runs.remove("r")
+    monkeypatch.delenv(VARIABLE)
+    runs.remove("r")
+    assert runs.list() == []
+
+
+def test_a_damaged_run_can_be_removed(tmp_path):
+    _answer(_paths(tmp_path))
+    runs = Runs(_paths(tmp_path).runs)
+    (runs.folder("r") / "run.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        runs.get("r")
+    runs.remove("r")
+    with pytest.raises(InputError):
+        runs.remove("r")
 
 
 def test_a_run_killed_under_postgres_is_resumed_from_it(postgres, tmp_path):

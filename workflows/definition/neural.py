@@ -154,7 +154,7 @@ def _fan_in(site: Site) -> int | None:
 def _reduce(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         if not run.scope.profile.writes:
-            notes = notes_read(run, site, values)
+            notes = await asyncio.to_thread(notes_read, run, site, values)
             points = [
                 {"text": n.text, "quotes": [run.scope.text(s) for s in n.spans]} for n in notes[:MAX_POINTS]
             ]
@@ -235,7 +235,7 @@ def _answer(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         if site.ports[0].kind == "chunks":
             return await _from_chunks(run, site, values)
-        notes = best_first(notes_read(run, site, values))
+        notes = best_first(await asyncio.to_thread(notes_read, run, site, values))
         if site.params.doubling or not notes:
             update = await answer_doubling(run, notes)
         else:

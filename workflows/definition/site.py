@@ -51,6 +51,7 @@ class Result:
     inner: Mapping[str, Any] | None = None  # the last state of a strategy that ran inside
     shown: Sequence[int] = ()  # reads whose text was sent as it is
     taken: Sequence[int] = ()  # reads that a later visit of the same node leaves out
+    weighed: Sequence[int] = ()  # reads that the Reader scored
 
 
 Step = Callable[[RunContext, Mapping[str, Any]], Awaitable[Result]]  # the values that were read, by key

@@ -26,6 +26,7 @@ class DefinitionState(State, total=False):
     visits: Annotated[dict[str, int], merged]  # node -> how often it ran
     taken: Annotated[dict[str, list[int]], added]  # node -> reads that it does not give again
     shown: Annotated[dict[str, list[int]], added]  # node -> reads whose text it sent as it is
+    weighed: Annotated[dict[str, list[int]], added]  # node -> reads that the Reader scored
     inner: Annotated[dict[str, Any], merged]  # node -> the last state of the strategy inside
     told: Annotated[list[str], operator.add]  # the nodes that gave an answer, in order
     lost: Annotated[dict[str, int], merged]  # node -> notes that it could not pass on

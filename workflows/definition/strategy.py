@@ -127,7 +127,7 @@ class Definition(Strategy):
             hold=hold,
             coverage=self._share(scope),
             supersteps=10 + sum(site.visits for site in self.wiring.sites.values()),
-            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+            assumptions=scope.assumptions(reads=True),
         )
 
     def _splits(self) -> list[Site]:
@@ -184,6 +184,10 @@ class Definition(Strategy):
             if site.inner and site.name in kept.get("inner", {}):
                 inner = site.inner.chosen(scope)
                 parts.append(inner.covered(scope, kept["inner"][site.name]))
+            weighed, origin = kept.get("weighed", {}).get(site.name), site.origin
+            if weighed and origin:
+                made = cut_of(origin, scope)
+                parts.append(Covered(made.chunks, scored=made.chunks_of(weighed)))
             if not site.type.asks:
                 continue
             for split in {port.origin for port in site.ports if port.kind == "chunks" and port.origin}:

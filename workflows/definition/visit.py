@@ -48,7 +48,7 @@ def _update(site: Site, result: Result) -> dict[str, Any]:
         update["told"] = [site.name]
     if result.failures:
         update["failures"] = {f"{site.name}.{key}": failure for key, failure in result.failures.items()}
-    for name in ("taken", "shown"):
+    for name in ("taken", "shown", "weighed"):
         if numbers := list(getattr(result, name)):
             update[name] = {site.name: numbers}
     if result.not_forwarded:

@@ -99,7 +99,7 @@ class Agents(Strategy):
     async def _read(self, run: RunContext, state: AgentsState) -> dict[str, Any]:
         """One round of all readers."""
         made, role = self.cut(run.scope), self._role(run.scope)
-        notes = best_first(self._notes(run, state))
+        notes = best_first(await asyncio.to_thread(self._notes, run, state))
         known = [(LABEL, findings(run.scope, role, notes, self.shown(run.scope)))] if notes else []
 
         async def one(number: int) -> Record | Failure:
@@ -120,11 +120,14 @@ class Agents(Strategy):
     async def _answer(self, run: RunContext, state: AgentsState) -> dict[str, Any]:
         """Answer from all notes so far; go on only if that is not grounded and the round found something."""
         rounds = state["rounds"]
-        notes, before = self._notes(run, state), self._notes(run, {"rounds": rounds[:-1]})
+        notes = await asyncio.to_thread(self._notes, run, state)
+        before = await asyncio.to_thread(self._notes, run, {"rounds": rounds[:-1]})
         update = await answer_doubling(run, best_first(notes))
         found = {span for note in notes for span in note.spans}
         new = found - {span for note in before for span in note.spans}
-        ends = not new or len(rounds) >= self.rounds or is_grounded(run, update) or run.winding_down()
+        ends = not new or len(rounds) >= self.rounds or run.winding_down() is not None
+        if not ends:
+            ends = await asyncio.to_thread(is_grounded, run, update)
         return {**update, "route": "verify" if ends else "read"}
 
     def _notes(self, run: RunContext, state: AgentsState) -> list[Note]:

@@ -186,7 +186,7 @@ class Fold(Strategy):
         if isinstance(reply, Failure):
             return reply
         spans = [made.chunks[i].span for i in made.reads[number].chunks]
-        after = _applied(run, notes, reply.data, spans)
+        after = await asyncio.to_thread(_applied, run, notes, reply.data, spans)
         while after and run.scope.text_tokens(_shown(after)) > self.room(run.scope):
             after.remove(min(after, key=lambda note: _worth(run.scope, note)))
         return keep_record(run, "memory", {"before": key, "notes": after}), reply

@@ -95,7 +95,7 @@ class MapReduce(Strategy):
             hold=sum((stage.cost for stage in finishing), Cost()),
             coverage=1.0,
             supersteps=8 + kind.visits(scope, made),
-            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+            assumptions=scope.assumptions(reads=True),
         )
 
     def body(self, graph: Graph) -> str:

@@ -130,7 +130,7 @@ class Rank(Strategy):
             hold=stages[1].cost if scope.reader else cost.NOTHING,
             coverage=min(1.0, shown / max(1, sum(passage.tokens for passage in passages))),
             supersteps=8,
-            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+            assumptions=scope.assumptions(),
         )
 
     def body(self, graph: Graph) -> str:

@@ -198,7 +198,8 @@ class Search(Strategy):
         spans = [passages[index].span for index in best]
         notes = []
         for claim in result.data["facts"]:
-            places = [[s.document_id, s.start, s.end] for s in verified(run, claim["quotes"], spans)]
+            found = await asyncio.to_thread(verified, run, claim["quotes"], spans)
+            places = [[span.document_id, span.start, span.end] for span in found]
             if places:
                 confidence = result.data["confidence"]
                 notes.append({"text": claim["text"], "places": places, "confidence": confidence})
@@ -215,7 +216,9 @@ class Search(Strategy):
             update = {**await answer_pieces(run, pieces), "not_forwarded": len(notes) - len(pieces)}
         # A first round without a find is no reason to stop: the next queries may use other words.
         stale = not register["next"] or (not register["new"] and done > 1)
-        ends = done >= self.rounds or stale or is_grounded(run, update) or run.winding_down()
+        ends = done >= self.rounds or stale or run.winding_down() is not None
+        if not ends:
+            ends = await asyncio.to_thread(is_grounded, run, update)
         return {**update, "round": done, "route": "verify" if ends else "queries"}
 
     def _first_stage(self, scope: Scope) -> FirstStage:

@@ -128,7 +128,7 @@ class Spans(Strategy):
             hold=hold,
             coverage=min(1.0, self.room(scope) / max(1, sum(p.tokens for p in passages))),
             supersteps=8,
-            assumptions=[] if scope.counter.exact else ["tokens are estimated and raised by a quarter"],
+            assumptions=scope.assumptions(),
         )
 
     def body(self, graph: Graph) -> str:

@@ -5,6 +5,7 @@ Calls after the reads: none. The model finds and names; counting and adding are 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Aggregate(Pipeline):
         return []
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        return {"draft": united(run, items_of(run, made, state), run.scope.task.operation)}
+        items = await asyncio.to_thread(items_of, run, made, state)
+        return {"draft": united(run, items, run.scope.task.operation)}
 
 
 def united(run: RunContext, items: Sequence[Item], operation: Operation | None) -> str:

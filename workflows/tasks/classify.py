@@ -5,6 +5,7 @@ Calls after the reads: none. Weights are the reads' own confidence.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,10 +39,20 @@ class LabelReply(Reply):
         }
     )
 
+    joins = "quotes"
+
     label: str = Field(default="", max_length=200)
     quotes: list[str] = Field(default_factory=list, max_length=4)
     confidence: int = Field(default=0, ge=0, le=5)
     no_information: bool = False
+
+    @classmethod
+    def joined(cls, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The surest vote, with the quotes of those that agree with it: one read has one vote."""
+        surest = max(records, key=lambda record: (not record["no_information"], record["confidence"]))
+        label = surest["label"].strip().casefold()
+        agreeing = [record for record in records if record["label"].strip().casefold() == label]
+        return {**super().joined(agreeing), "no_information": surest["no_information"]}
 
 
 LABEL = Role(
@@ -69,7 +80,9 @@ class Classify(Pipeline):
         return []
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        draft, left_out = elected(run, made, state.get("reads", {}), run.scope.task.labels)
+        draft, left_out = await asyncio.to_thread(
+            elected, run, made, state.get("reads", {}), run.scope.task.labels
+        )
         return {"draft": draft, "not_forwarded": left_out}
 
 

@@ -47,6 +47,8 @@ class ItemsReply(Reply):
         }
     )
 
+    joins = "items"
+
     items: list[Listed] = Field(default_factory=list, max_length=MOST)
     no_information: bool = False
 

@@ -42,14 +42,15 @@ class MultiHop(Pipeline):
         return [again, doubling_stage(scope, len(made.reads))]
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        first = best_first(notes_of(run, made, state.get("reads", {})))
+        first = best_first(await asyncio.to_thread(notes_of, run, made, state.get("reads", {})))
         if not first:
             return await answer_doubling(run, first)
         found = findings(run.scope, self.read_role(run.scope), first, FINDINGS)
         results = await asyncio.gather(*(self._again(run, made, n, found) for n in range(len(made.reads))))
         reads = {str(n): r.id for n, r in enumerate(results) if isinstance(r, Record)}
         failed = [result for result in results if isinstance(result, Failure)]
-        update = await answer_doubling(run, best_first([*notes_of(run, made, reads), *first]))
+        second = await asyncio.to_thread(notes_of, run, made, reads)
+        update = await answer_doubling(run, best_first([*second, *first]))
         if failed:
             update["failures"] = {**update.get("failures", {}), "second": asdict(failed[0])}
         return update

@@ -65,7 +65,7 @@ class Pairwise(Pipeline):
         return [cost.stage("pairs", role.name, [each] * calls, role.max_output, scope.profile)]
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        items = items_of(run, made, state)
+        items = await asyncio.to_thread(items_of, run, made, state)
         if not items:
             return {"draft": no_information(run)}
         found = pairs(items, self.max_pairs)

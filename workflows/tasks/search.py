@@ -6,6 +6,7 @@ Beyond Context Windows of LLMs via Multi-Agent Collaboration", arXiv 2505.21471)
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,7 +45,8 @@ class Search(Pipeline):
         return [doubling_stage(scope, len(made.reads))]
 
     async def finish(self, run: RunContext, state: State, made: Cut) -> dict[str, Any]:
-        return await answer_doubling(run, best_first(notes_of(run, made, state.get("reads", {}))))
+        notes = await asyncio.to_thread(notes_of, run, made, state.get("reads", {}))
+        return await answer_doubling(run, best_first(notes))
 
 
 def doubling_stage(scope: Scope, reads: int) -> Stage:
@@ -71,7 +73,7 @@ async def answer_doubling(run: RunContext, notes: Sequence[Note]) -> dict[str, A
         pieces = pieces_of(run.scope, chosen)
         update = await answer_pieces(run, pieces)
         update["not_forwarded"] = len(chosen) - len(pieces)
-        if size >= len(best_reads) or is_grounded(run, update):
+        if size >= len(best_reads) or await asyncio.to_thread(is_grounded, run, update):
             break
         size *= 2
     return update if "draft" in update else {**update, "spans": spans_of(notes[:SHOWN])}

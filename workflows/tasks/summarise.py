@@ -50,7 +50,7 @@ class Summarise(Pipeline):
             groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
             if any(len(group) > 1 for group in groups):
                 return {"route": "finish", "groups": groups}
-        draft, left_out = outline(run, made, groups, done)
+        draft, left_out = await asyncio.to_thread(outline, run, made, groups, done)
         return {"groups": groups, "draft": draft, "not_forwarded": left_out}
 
     def _levels(self, scope: Scope, made: Cut) -> list[int]:
