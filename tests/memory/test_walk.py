@@ -115,6 +115,22 @@ def test_hidden_files_and_secrets_stay_out(tmp_path: Path) -> None:
     assert [path.name for path in walk(tmp_path, Selection()).secrets] == ["id_rsa", "site.pem"]
 
 
+def test_a_link_does_not_show_what_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, ".git/config", ".aws/credentials", "tls/site.pem", "docs/a.txt")
+    for link, target in {
+        "config.txt": "../.git/config",
+        "repository": "../.git",
+        "more.txt": "../.aws/credentials",
+        "site.txt": "../tls/site.pem",
+    }.items():
+        (tmp_path / "docs" / link).symlink_to(target)
+    found = walk(tmp_path, Selection())
+    assert [path.name for path in found.files] == ["a.txt"]
+    assert (found.left_out, sorted(path.name for path in found.secrets)) == (4, ["site.pem", "site.txt"])
+    assert files(tmp_path, Selection(hidden=True)) == [".aws/credentials", "docs/a.txt"]
+    assert files(tmp_path / "docs") == ["a.txt"], "from below they lead out"
+
+
 def test_include_and_exclude(tmp_path: Path) -> None:
     write(tmp_path, "a.md", "a.txt", "docs/b.md", "docs/old/c.md", "src/d.py")
     assert files(tmp_path, Selection(include=("*.md",))) == ["a.md", "docs/b.md", "docs/old/c.md"]
@@ -124,7 +140,8 @@ def test_include_and_exclude(tmp_path: Path) -> None:
 
 def test_links_stay_inside_and_loops_end(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    write(root, "a.txt", "sub/b.txt", ".data/c.txt")
+    write(root, "a.txt", "sub/b.txt", ".data/c.txt", "build/d.txt", text="x")
+    write(root, ".gitignore", text="build/\n")
     write(tmp_path, "outside.txt")
     (root / "loop").symlink_to(root)
     (root / "sub" / "up").symlink_to(root / "sub")
@@ -132,9 +149,10 @@ def test_links_stay_inside_and_loops_end(tmp_path: Path) -> None:
     (root / "gone").symlink_to(root / "nothing")
     (root / "out").symlink_to(tmp_path / "outside.txt")
     (root / "again.txt").symlink_to(root / "a.txt")
-    (root / "current").symlink_to(root / ".data")
+    (root / "current").symlink_to(root / "build")
+    (root / "unseen").symlink_to(root / ".data")
     found = walk(root, Selection())
-    assert [str(path.relative_to(root)) for path in found.files] == ["a.txt", "current/c.txt", "sub/b.txt"]
+    assert [str(path.relative_to(root)) for path in found.files] == ["a.txt", "current/d.txt", "sub/b.txt"]
     assert {error.source: error.code for error in found.problems} == {
         "root/self": "not_found",
         "root/gone": "not_found",
