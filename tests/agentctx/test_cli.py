@@ -217,6 +217,10 @@ def test_a_dry_run_shows_the_ceiling(api, capfd, args):
     assert run([*args, "--json"]) == 0
     said = Result.model_validate_json(capfd.readouterr().out)
     assert (said.status, said.plan.ceiling.calls, said.answer) == ("planned", 3, None)
+    Path("b.bin").write_bytes(b"\0\1\2")
+    assert run([*args, "b.bin", "--json"]) == 0
+    said = Result.model_validate_json(capfd.readouterr().out)
+    assert [(note.code, note.source) for note in said.warnings] == [("binary", "b.bin")]
 
 
 def test_summaries_and_resumed_runs(api, capfd):

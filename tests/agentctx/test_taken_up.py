@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from langsmith import utils
@@ -61,14 +62,14 @@ def test_an_offline_run_is_not_traced_whatever_was_found_before(
     assert utils.tracing_is_enabled(), "langsmith remembers this"
     traced = []
 
-    def reply(messages: object) -> str | Exception:
+    def reply(messages: Any) -> Any:
         traced.append(utils.tracing_is_enabled())
-        return "Zed"
+        return REPLY(messages)
 
     model = scripted_model(ScriptedChat(reply=reply))
-    context = Context.open([Document.of("Zed.")], model=model, ephemeral=True, offline=True)
+    context = Context.open([Document.of("The code of Zed is K77.")], model=model, ephemeral=True, offline=True)
     assert not context.corpus.warnings
-    context.ask("Who?")
+    context.ask("What is the code?")
     assert traced and not any(traced)
 
 

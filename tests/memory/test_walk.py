@@ -1,9 +1,14 @@
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pathspec.patterns.gitignore.base import GitIgnorePatternError
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 from agentctx.memory import gitignore
 from agentctx.memory.errors import ConfigError
@@ -40,6 +45,10 @@ PATTERNS = [
         "foo.*",
         "!bar.txt",
         "[z-a]",
+        "*o*o*",
+        "*b*a*r*.t*",
+        "a/**/b/**/*o*",
+        "**/f*o*/**/*.*",
     ),
 ]
 
@@ -87,6 +96,42 @@ def test_leaves_out_what_git_leaves_out(tmp_path: Path, seed: int) -> None:
         found = set(files(root, Selection(hidden=True)))
         rules = {str(path.relative_to(root)): path.read_text() for path in root.rglob(".gitignore")}
         assert found == expected, rules
+
+
+GLOBS = st.lists(st.sampled_from(["*", "**", "/", "/**/", "a", "b", "?", "[ab]", "[!a]", "."]), max_size=9)
+PATHS = st.lists(st.text("ab.", min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(GLOBS, st.lists(PATHS, min_size=1, max_size=5))
+def test_settled_stars_fit_what_free_ones_fit(glob: list[str], paths: list[list[str]]) -> None:
+    try:
+        regex = GitIgnoreSpecPattern("".join(glob)).regex
+    except GitIgnorePatternError:
+        regex = None
+    assume(regex is not None)
+    assert regex is not None
+    settled = re.compile(gitignore._settled(regex.pattern))
+    for path in map("/".join, paths):
+        for probe in (path, path + "/"):
+            assert gitignore._fits(settled, path, probe) == gitignore._fits(regex, path, probe), (glob, probe)
+
+
+def test_many_stars_end_soon(tmp_path: Path) -> None:
+    """Tried in every place these would outlast the test."""
+    deep = "/".join(["a"] * 60)
+    write(tmp_path, "a" * 200, f"{deep}/c.txt")
+    write(tmp_path, ".gitignore", text="*a" * 30 + "*b\n" + "**/a/" * 20 + "b\n")
+    assert len(files(tmp_path)) == 2
+
+
+def test_rules_are_read_from_plain_files_of_a_sane_size(tmp_path: Path) -> None:
+    for name in ("pipe", "device", "large", "plain"):
+        write(tmp_path, f"{name}/a.log")
+    os.mkfifo(tmp_path / "pipe" / ".gitignore")
+    (tmp_path / "device" / ".gitignore").symlink_to("/dev/zero")
+    write(tmp_path, "large/.gitignore", text="*.log\n" * 200_000)
+    write(tmp_path, "plain/.gitignore", text="*.log\n")
+    assert files(tmp_path) == ["device/a.log", "large/a.log", "pipe/a.log"]
 
 
 def test_rules_of_the_repository_above_hold_too(tmp_path: Path) -> None:
