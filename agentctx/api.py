@@ -95,8 +95,8 @@ class Context:
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
         `ephemeral`: write nothing to disk. `kv_bytes`: of disk, for what a local model has read, so that it
         is not read again; `memory_bytes`: of memory, for the model and what it reads (None: 60 % of what is
-        free). `offline`: download nothing, and let LangChain's tracing upload nothing. `concurrency`: calls in
-        flight at an endpoint (None: 8).
+        free). `offline`: download nothing, and let LangChain's tracing upload nothing. `concurrency`: calls
+        in flight at an endpoint (None: 8).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.corpus.attach import with_index

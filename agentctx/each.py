@@ -40,8 +40,8 @@ LIMITS = ("calls", "input_tokens", "output_tokens")
 class Row:
     """What came of one: an answer, or why there is none; both where a limit left a part of an answer.
 
-    Its citations are places in the whole document, whatever stretch `span` of it was read. No span: nothing of
-    it was, because opening the sources left it out.
+    Its citations are places in the whole document, whatever stretch `span` of it was read. No span: nothing
+    of it was, because opening the sources left it out.
     """
 
     source: str
@@ -108,8 +108,8 @@ class Each:
         )
 
     def _plan(self, document: Document, span: Span, share: Budget) -> Plan:
-        """The plan within `share`, with what it can cost at most: those before may leave it all of the budget,
-        and with more another strategy may be chosen.
+        """The plan within `share`, with what it can cost at most: those before may leave it all of the
+        budget, and with more another strategy may be chosen.
         """
         alone = self._alone(document, span)
         plans: list[Plan] = []
@@ -144,8 +144,8 @@ class Each:
     async def arows(
         self, *, stop: Stop | None = None, on_event: Callable[[Event], None] | None = None
     ) -> AsyncGenerator[Row, None]:
-        """A row for each, in the order of the sources, as they come, after those of sources that were left out.
-        Leaving the loop ends what is asked.
+        """A row for each, in the order of the sources, as they come, after those of sources that were left
+        out. Leaving the loop ends what is asked.
 
         What fails fails alone, but that no model can be reached or that `stop` is requested ends all.
         """
@@ -205,7 +205,7 @@ class Each:
         return Row(document.source, span, _placed(answer, document, span))
 
     def _left_out(self) -> list[Notice]:
-        """Why sources have no document of their own: they cannot be read, or are equal to another, or secret."""
+        """Why sources have no document: they cannot be read, or are equal to another one, or secret."""
         corpus = self.context.corpus
         opened = {"", *(document.source for document in corpus.documents)}
         return [*corpus.skipped, *(notice for notice in corpus.warnings if notice.source not in opened)]

@@ -1,9 +1,9 @@
 """The check behind every quote that is shown: are these words in that source?
 
 A quote is looked for as it is, then with white space, Unicode, quotes, dashes and case normalised, then with
-line-end hyphens joined. Nothing is ever matched approximately: a changed digit is a different quote, and so is
-a part of a number or of a word ("500" of "11,500", "able" of "unable"). What is shown is the source's own text
-at the place found. The verdict says that the words are there, not that a claim follows from them.
+line-end hyphens joined. Nothing is ever matched approximately: a changed digit is a different quote, and so
+is a part of a number or of a word ("500" of "11,500", "able" of "unable"). What is shown is the source's own
+text at the place found. The verdict says that the words are there, not that a claim follows from them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Verifier:
     ) -> Citation:
         """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
 
-        Of several places the one closest to the offset `near` is taken, or the first. One that starts at `near`
-        was chosen by code, and may cut a word.
+        Of several places the one closest to the offset `near` is taken, or the first. One that starts at
+        `near` was chosen by code, and may cut a word.
 
         `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
         place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
@@ -168,8 +168,8 @@ def _occurrences(text: str, wanted: str) -> Iterator[int]:
 def _cuts(text: str, at: int) -> bool:
     """Whether the offset lies inside a number or between two letters of a script with cases.
 
-    Other scripts write words without a gap between them. What is invisible, or breaks a word at a line end, is
-    looked through.
+    Other scripts write words without a gap between them. What is invisible, or breaks a word at a line end,
+    is looked through.
     """
     left = normalised(_BROKEN_BEFORE.sub("", text[max(0, at - _AROUND) : at]))
     right = normalised(_BROKEN_AFTER.sub("", text[at : at + _AROUND]))

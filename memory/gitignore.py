@@ -41,7 +41,9 @@ class Rules:
             except (GitIgnorePatternError, re.error):
                 continue
             if pattern.include is not None and pattern.regex is not None:
-                patterns.append((pattern.include, re.compile(_settled(pattern.regex.pattern), pattern.regex.flags)))
+                patterns.append(
+                    (pattern.include, re.compile(_settled(pattern.regex.pattern), pattern.regex.flags))
+                )
         return cls(base, tuple(patterns))
 
     @classmethod
@@ -112,16 +114,16 @@ def _settled(regex: str) -> str:
     a try; with many stars, trying them all takes for ever. `(?>…)` is that: it is never entered again. For the
     last star of a name the place is not free, the name must end behind it; the same holds for the last DEEP.
     """
-    runs = [_stars_settled(run) for run in regex.split(DEEP)]
-    first, middle, last = runs[0], runs[1:-1], runs[1:][-1:]
-    return first + "".join(f"(?>(?:/[^/]+)*?{run}(?=/))" for run in middle) + "".join(DEEP + run for run in last)
+    first, *runs = map(_stars_settled, regex.split(DEEP))
+    middle = (f"(?>(?:/[^/]+)*?{run}(?=/))" for run in runs[:-1])
+    return first + "".join(middle) + "".join(DEEP + run for run in runs[-1:])
 
 
 def _stars_settled(run: str) -> str:
     """`_settled` for a run of names without DEEP."""
     first, *pieces = run.split(STAR)
     for place, piece in enumerate(pieces):
-        another = place + 1 < len(pieces) and "/" not in piece.replace("[^/]", "")  # a star, in the same name
+        another = place + 1 < len(pieces) and "/" not in piece.replace("[^/]", "")  # star in the same name
         first += f"(?>{STAR}?{piece})" if another else STAR + piece
     return first
 

@@ -146,7 +146,9 @@ def verify(
     if unknown := sorted(set(roots) - known):
         raise InputError(f"{unknown[0]} is in no index", code="not_found", hint="agentctx index ls")
     problems = verify(Paths.default(), roots)
-    lines = [one_line(f"{one.kind}: {one.source}: {one.message}") for one in problems] or ["all is as it was indexed"]
+    lines = [one_line(f"{one.kind}: {one.source}: {one.message}") for one in problems] or [
+        "all is as it was indexed"
+    ]
     show({"problems": [asdict(one) for one in problems]}, lines, "index verify", as_json=json)
     if problems:
         print("hint: index the paths again; what is unchanged is not read again", file=sys.stderr)

@@ -66,8 +66,8 @@ def execute(job: Job, options: Options, body: Body | None = None) -> None:
 def resume(
     run_id: str, command: str, options: OutputOptions, *, offline: bool, budget: Budget | None = None
 ) -> NoReturn:
-    """Finish a run that was stopped, with the limits of `budget` instead of its own; ends the command with its
-    exit code.
+    """Finish a run that was stopped, with the limits of `budget` instead of its own; ends the command with
+    its exit code.
     """
     _one_form(options)
 

@@ -22,7 +22,7 @@ ORPHAN_SECONDS = 30  # how long after its time a worker lives on whose parent wa
 
 
 def main() -> None:
-    """Serve jobs until stdin closes. Arguments: seconds per job, bytes of address space, characters of text."""
+    """Serve jobs until stdin closes. Arguments: seconds, bytes of address space, characters, each per job."""
     seconds, memory_bytes, characters = map(int, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)

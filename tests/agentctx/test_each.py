@@ -142,7 +142,9 @@ def test_what_was_left_out_has_a_row_and_what_was_noticed_is_with_its_own(tmp_pa
     (tmp_path / "d.txt").write_bytes((file(2).text + " caf\xe9 r\xe9sum\xe9").encode("cp1252"))
     (tmp_path / "id_rsa").write_text("secret")
     model = scripted_model(scripted(), context=1500)
-    context = Context.open(tmp_path, model=replace(model, warnings=(Notice("slow", "it is"),)), ephemeral=True)
+    context = Context.open(
+        tmp_path, model=replace(model, warnings=(Notice("slow", "it is"),)), ephemeral=True
+    )
     rows = [(Path(row.source).name, row) for row in context.each(QUESTION).rows()]
     assert [name for name, _ in rows] == ["a.bin", "id_rsa", "c.txt", "b.txt", "d.txt"]
     assert [row.error and row.error.code for _, row in rows] == ["binary", "secret", "duplicate", None, None]

@@ -31,7 +31,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 @pytest.mark.parametrize(
     ("text", "status"),
-    [("{", "damaged"), ("[]", "damaged"), ('{"schema": 1}', "damaged"), ('{"schema": 99}', "another version")],
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"schema": 1}', "damaged"),
+        ('{"schema": 99}', "another version"),
+    ],
 )
 def test_a_run_that_cannot_be_read_is_listed_and_can_be_removed(
     runs: Runs, text: str, status: str, capsys: pytest.CaptureFixture[str]

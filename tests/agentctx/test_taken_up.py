@@ -67,7 +67,9 @@ def test_an_offline_run_is_not_traced_whatever_was_found_before(
         return REPLY(messages)
 
     model = scripted_model(ScriptedChat(reply=reply))
-    context = Context.open([Document.of("The code of Zed is K77.")], model=model, ephemeral=True, offline=True)
+    context = Context.open(
+        [Document.of("The code of Zed is K77.")], model=model, ephemeral=True, offline=True
+    )
     assert not context.corpus.warnings
     context.ask("What is the code?")
     assert traced and not any(traced)

@@ -58,7 +58,9 @@ def slices(draw: st.DrawFn) -> tuple[int, int]:
 
 
 @given(slices(), st.randoms(use_true_random=False))
-def test_any_slice_of_whole_words_however_disturbed_is_supported(span: tuple[int, int], rng: random.Random) -> None:
+def test_any_slice_of_whole_words_however_disturbed_is_supported(
+    span: tuple[int, int], rng: random.Random
+) -> None:
     original = COURT[span[0] : span[1]]
     quote = disturbed(original, rng)
     assume(len("".join(quote.split())) >= 12)
@@ -79,15 +81,16 @@ def cut_slices(draw: st.DrawFn) -> tuple[int, int]:
 
 
 @given(cut_slices(), st.randoms(use_true_random=False))
-def test_a_slice_that_cuts_a_word_or_a_number_is_not_found(
-    span: tuple[int, int], rng: random.Random
-) -> None:
+def test_a_slice_that_cuts_a_word_or_a_number_is_not_found(span: tuple[int, int], rng: random.Random) -> None:
     original = COURT[span[0] : span[1]]
     assume(not original.startswith(("-", "\n", "\xad", "\u200b")) and not original.endswith(("-", "\n")))
     assert VERIFIER.verify(disturbed(original, rng), court.id).verdict == "not_found"
 
 
-RENT = "The rent is 11,500 dollars a month, due on 3.5.1934 at 12:30; the tenant is unable to end the lease early."
+RENT = (
+    "The rent is 11,500 dollars a month, due on 3.5.1934 at 12:30; "
+    "the tenant is unable to end the lease early."
+)
 
 
 @pytest.mark.parametrize(

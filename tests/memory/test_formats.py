@@ -330,7 +330,9 @@ def test_a_chapter_named_again_and_again_is_read_once(
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in source.namelist():
-            archive.writestr(name, source.read(name).replace(b'<itemref idref="c0"/>', b'<itemref idref="c0"/>' * 50))
+            archive.writestr(
+                name, source.read(name).replace(b'<itemref idref="c0"/>', b'<itemref idref="c0"/>' * 50)
+            )
     assert document(tmp_path / "a.epub", file.getvalue()).text == "One.\n\nTwo."
 
 
