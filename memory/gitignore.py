@@ -111,8 +111,8 @@ def _settled(regex: str) -> str:
     """The same expression, without going back to where an earlier star ended.
 
     The first place where what follows a star fits leaves the most to the next star, so no other place needs
-    a try; with many stars, trying them all takes for ever. `(?>…)` is that: it is never entered again. For the
-    last star of a name the place is not free, the name must end behind it; the same holds for the last DEEP.
+    a try; with many stars, trying them all takes for ever. `(?>…)` is that: it is never entered again. For
+    the last star of a name the place is not free, the name must end behind it; so it is for the last DEEP.
     """
     first, *runs = map(_stars_settled, regex.split(DEEP))
     middle = (f"(?>(?:/[^/]+)*?{run}(?=/))" for run in runs[:-1])

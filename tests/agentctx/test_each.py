@@ -146,8 +146,8 @@ def test_what_was_left_out_has_a_row_and_what_was_noticed_is_with_its_own(tmp_pa
         tmp_path, model=replace(model, warnings=(Notice("slow", "it is"),)), ephemeral=True
     )
     rows = [(Path(row.source).name, row) for row in context.each(QUESTION).rows()]
-    assert [name for name, _ in rows] == ["a.bin", "id_rsa", "c.txt", "b.txt", "d.txt"]
-    assert [row.error and row.error.code for _, row in rows] == ["binary", "secret", "duplicate", None, None]
+    assert [name for name, _ in rows] == ["a.bin", "c.txt", "id_rsa", "b.txt", "d.txt"]
+    assert [row.error and row.error.code for _, row in rows] == ["binary", "duplicate", "secret", None, None]
     assert [row.span is None for _, row in rows] == [True, True, True, False, False]
     told = [{notice.code for notice in row.answer.warnings} for _, row in rows if row.answer]
     assert [one & {"encoding_guessed", "slow"} for one in told] == [{"slow"}, {"encoding_guessed", "slow"}]

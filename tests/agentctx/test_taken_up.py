@@ -87,6 +87,7 @@ def test_a_resumed_run_says_whether_it_is_traced_now(
     told = [notice.code for notice in caught.value.partial.warnings]
     assert told.count("tracing") == 1 and len(told) == len(set(caught.value.partial.warnings))
     monkeypatch.setenv("LANGSMITH_TRACING", "true")
+    utils.get_env_var.cache_clear()
     assert utils.tracing_is_enabled()
     traced = []
     answer = Context.resume(
