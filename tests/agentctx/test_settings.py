@@ -83,7 +83,7 @@ def test_a_named_file_takes_the_place_of_both(home: Path, project: Path, tmp_pat
         'model = "openai:gpt"',
         'model = "someone/on-a-hub"',
         'model = "gpt2"',
-        'model = "~nobody/x"',
+        'model = "~no-such-user/x"',
         "offline = false",
         "offline = 0",
         "ephemeral = false",

@@ -100,12 +100,12 @@ RENT = (
         "500 dollars a month, due on",
         "able to end the lease early",
         "The rent is 11,5",
-        "the rent is 11",
+        "RENT is 11,500 dollars a month, due on 3",
         "a month, due on 3.5.",
         "34 at 12:30; the tenant is unable",
         "due on 3.5.1934 at 12",
         "the tenant is un",
-        "able to end the lease early. and some more words that it does not have",
+        "able to end the lease early. The rent is 11,500 dollars a month",  # no seam mends a cut word
     ],
 )
 def test_a_part_of_a_number_or_of_a_word_says_something_else(quote: str) -> None:
