@@ -25,7 +25,7 @@ from agentctx.memory.documents import Corpus, Selection
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Answer, Budget, Notice, Plan
 from agentctx.paths import KV_BYTES, Paths
-from agentctx.privacy import tracing_notices
+from agentctx.privacy import kept_here, tracing_notices
 from agentctx.runs import Runs
 from agentctx.secret import kept_secret
 from agentctx.sources import Source, corpus_of
@@ -58,6 +58,7 @@ class Context:
     paths: Paths
     model_options: dict[str, Any] = field(default_factory=dict)  # how to open the model again
     ephemeral: bool = False
+    offline: bool = False  # its runs are not traced by LangChain
     listed: bool = True  # its runs can be found and taken up again by their name
 
     @classmethod
@@ -95,7 +96,8 @@ class Context:
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
         `embed`: "minilm" finds passages by meaning too ("auto": if it is here). `ephemeral`: write nothing.
         `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
-        memory, for the model and what it reads (None: 60 % of what is free). `concurrency`: calls in flight.
+        memory, for the model and what it reads (None: 60 % of what is free). `offline`: download nothing, and
+        let LangChain's tracing upload nothing. `concurrency`: calls in flight at an endpoint (None: 8).
         Raises InputError if nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.corpus.attach import with_index
@@ -120,7 +122,7 @@ class Context:
             }
             model = with_index(open_model(**options, paths=paths, offline=offline, progress=progress), paths)
         notices = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
-        return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral)
+        return cls(replace(corpus, warnings=notices), model, paths, options, ephemeral, offline)
 
     def plan(
         self,
@@ -228,7 +230,7 @@ class Context:
     ) -> Answer:
         """Take up a run that was killed, stopped or ended by its budget. No finished call is made again.
 
-        `budget` replaces the run's own. A run that is complete returns its answer at once.
+        What `budget` limits replaces the run's own limit. A run that is complete returns its answer at once.
         """
         from agentctx.corpus.attach import with_index
         from agentctx.models.load import open_model
@@ -238,10 +240,11 @@ class Context:
         if manifest.get("answer") and manifest["status"] in ("complete", "unanswerable"):
             return ANSWER.validate_python(manifest["answer"])
         blobs = Blobs(paths.blobs)
+        told = (Notice(**notice) for notice in manifest["warnings"])
         corpus = Corpus(
             tuple(blobs.get_document(document_id, source) for document_id, source in manifest["documents"]),
             tuple(Notice(**notice) for notice in manifest["skipped"]),
-            tuple(Notice(**notice) for notice in manifest["warnings"]),
+            tuple(notice for notice in told if notice.code != "tracing"),  # that is as it is today
         )
         if not manifest["model"].get("name"):
             raise ConfigError(
@@ -250,14 +253,18 @@ class Context:
             )
         model = open_model(**manifest["model"], paths=paths, offline=offline, progress=progress)
         model = with_index(model, paths)
-        context = cls(corpus, model, paths, manifest["model"])
+        now = (*corpus.warnings, *model.warnings, *tracing_notices(offline=offline))
+        corpus = replace(corpus, warnings=tuple(dict.fromkeys(now)))
+        context = cls(corpus, model, paths, manifest["model"], offline=offline)
         task = Task(**{**manifest["task"], "labels": tuple(manifest["task"]["labels"])})
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
-        manifest["budget"] = asdict(budget) if budget else manifest["budget"]
+        limits = asdict(budget or UNLIMITED)
+        manifest["budget"] |= {name: limit for name, limit in limits.items() if limit is not None}
         manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
         allowed = strategy.allowed(Budget(**manifest["budget"]))
         scope = context._scope(task, allowed, manifest["tag"])
-        return await carried_out(context, run_id, manifest, scope, strategy, stop, on_event)
+        with kept_here(offline):
+            return await carried_out(context, run_id, manifest, scope, strategy, stop, on_event)
 
     ask = blocking(aask)
     summarize = blocking(asummarize)
@@ -313,7 +320,8 @@ class Context:
             blobs = Blobs(self.paths.blobs)
             for document in self.corpus.documents:
                 blobs.put_document(document)
-        return await carried_out(self, run_id, manifest, scope, chosen, stop, on_event)
+        with kept_here(self.offline):
+            return await carried_out(self, run_id, manifest, scope, chosen, stop, on_event)
 
 
 def _strategy(given: str | Strategy) -> Strategy:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +20,10 @@ from agentctx.asked import Kind
 from agentctx.blocking import blocking_iterator
 from agentctx.memory.citations import Verifier
 from agentctx.memory.documents import Corpus
-from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, ModelError
-from agentctx.memory.types import Answer, Budget, Citation, Cost, Document, Plan, Span, Stage
+from agentctx.memory.errors import AgentctxError, BudgetExceeded, ConfigError, InputError, ModelError
+from agentctx.memory.types import Answer, Budget, Citation, Cost, Document, Notice, Plan, Span, Stage
 from agentctx.workflows.frame import Strategy
+from agentctx.workflows.ledger import limit_of
 from agentctx.workflows.run import Stop
 from agentctx.workflows.send import FATAL
 from agentctx.workflows.split import split
@@ -39,11 +40,12 @@ LIMITS = ("calls", "input_tokens", "output_tokens")
 class Row:
     """What came of one: an answer, or why there is none; both where a limit left a part of an answer.
 
-    Its citations are places in the whole document, whatever stretch `span` of it was read.
+    Its citations are places in the whole document, whatever stretch `span` of it was read. No span: nothing
+    of it was, because opening the sources left it out.
     """
 
     source: str
-    span: Span
+    span: Span | None
     answer: Answer | None = None
     error: AgentctxError | None = None
 
@@ -87,24 +89,16 @@ class Each:
         plans, refused = [], []
         for document, span in parts:
             try:
-                plans.append(
-                    self._alone(document, span).plan(
-                        self.question,
-                        kind=self.kind,
-                        labels=self.labels,
-                        strategy=self.strategy,
-                        budget=purse.share(),
-                    )
-                )
+                plans.append(self._plan(document, span, purse.share()))
             except AgentctxError as error:
                 refused.append(f"{document.source} is not answered: {error.message}")
         names = Counter(plan.strategy for plan in plans)
-        stages = [_stage(name, [p for p in plans if p.strategy == name]) for name in names]
+        stages = [self._stage(name, [p for p in plans if p.strategy == name]) for name in names]
         return Plan(
             strategy=", ".join(names),
             params={"per": self.per, "parts": len(parts)},
             stages=tuple(stages),
-            ceiling=sum((plan.ceiling for plan in plans), Cost()),
+            ceiling=self._ceiling(plans),
             seconds=round(sum(plan.seconds for plan in plans) / self._parallel, 2),
             retry_pool=sum(plan.retry_pool for plan in plans),
             hold=sum((plan.hold for plan in plans), Cost()),
@@ -113,13 +107,51 @@ class Each:
             assumptions=(f"{len(parts)} {self.per}s, each asked by itself", *refused),
         )
 
+    def _plan(self, document: Document, span: Span, share: Budget) -> Plan:
+        """The plan within `share`, with what it can cost at most: those before may leave it all of the
+        budget, and with more another strategy may be chosen.
+        """
+        alone = self._alone(document, span)
+        plans: list[Plan] = []
+        refused: AgentctxError | None = None
+        for budget in dict.fromkeys((share, self.budget)):
+            try:
+                plans.append(
+                    alone.plan(
+                        self.question,
+                        kind=self.kind,
+                        labels=self.labels,
+                        strategy=self.strategy,
+                        budget=budget,
+                    )
+                )
+            except AgentctxError as error:
+                refused = error
+        if refused and not plans:
+            raise refused
+        return replace(plans[0], ceiling=_most(plan.ceiling for plan in plans))
+
+    def _ceiling(self, plans: Iterable[Plan]) -> Cost:
+        """What these cost together at most, within the budget."""
+        total = sum((plan.ceiling for plan in plans), Cost())
+        return limit_of(self.budget, total)
+
+    def _stage(self, name: str, plans: Sequence[Plan]) -> Stage:
+        """All that one strategy does, as one line of a plan."""
+        seconds = round(sum(plan.seconds for plan in plans), 2)
+        return Stage(f"{name}, {len(plans)} times", "", self._ceiling(plans), 1, seconds)
+
     async def arows(
         self, *, stop: Stop | None = None, on_event: Callable[[Event], None] | None = None
     ) -> AsyncGenerator[Row, None]:
-        """A row for each, in the order of the sources, as they come. Leaving the loop ends what is asked.
+        """A row for each, in the order of the sources, as they come, after those of sources that were left
+        out. Leaving the loop ends what is asked.
 
         What fails fails alone, but that no model can be reached or that `stop` is requested ends all.
         """
+        for notice in self._left_out():
+            error = InputError(notice.message, code=notice.code, source=notice.source)
+            yield Row(notice.source, None, error=error)
         stop, parts = stop or Stop(), self.parts
         gate, purse = asyncio.Semaphore(self._parallel), _Purse(self.budget, len(parts), self._parallel)
         dead: list[ModelError] = []
@@ -172,6 +204,12 @@ class Each:
             return Row(document.source, span, error=error)
         return Row(document.source, span, _placed(answer, document, span))
 
+    def _left_out(self) -> list[Notice]:
+        """Why sources have no document: they cannot be read, or are equal to another one, or secret."""
+        corpus = self.context.corpus
+        opened = {"", *(document.source for document in corpus.documents)}
+        return [*corpus.skipped, *(notice for notice in corpus.warnings if notice.source not in opened)]
+
     def _alone(self, document: Document, span: Span) -> Context:
         """A context that holds nothing else; those side by side share the model's calls in flight."""
         text = document.text[span.start : span.end]
@@ -179,7 +217,8 @@ class Each:
         model = self.context.model
         each = max(1, model.profile.concurrency // self._parallel)
         model = replace(model, profile=replace(model.profile, concurrency=each), warnings=())
-        return replace(self.context, corpus=Corpus((part,), (), ()), model=model, listed=False)
+        told = (notice for notice in self.context.corpus.warnings if notice.source in ("", part.source))
+        return replace(self.context, corpus=Corpus((part,), (), tuple(told)), model=model, listed=False)
 
     @property
     def _parallel(self) -> int:
@@ -218,10 +257,9 @@ class _Purse:
             )
 
 
-def _stage(name: str, plans: Sequence[Plan]) -> Stage:
-    """All that one strategy does, as one line of a plan."""
-    total = sum((plan.ceiling for plan in plans), Cost())
-    return Stage(f"{name}, {len(plans)} times", "", total, 1, round(sum(plan.seconds for plan in plans), 2))
+def _most(costs: Iterable[Cost]) -> Cost:
+    """The highest in each dimension."""
+    return Cost(*map(max, zip(*map(astuple, costs), strict=True)))
 
 
 def _placed(answer: Answer, document: Document, span: Span) -> Answer:

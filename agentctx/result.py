@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from agentctx.memory.errors import AgentctxError, BudgetExceeded
-from agentctx.memory.types import Answer, Citation, Coverage, Plan
+from agentctx.memory.types import Answer, Citation, Coverage, Notice, Plan
 from agentctx.workflows.profile import ModelProfile
 
 if TYPE_CHECKING:
@@ -198,14 +199,15 @@ def result(answer: Answer, command: str, profile: ModelProfile | None = None) ->
     )
 
 
-def planned(plan: Plan, command: str, profile: ModelProfile) -> Result:
-    """The object of a dry run."""
+def planned(plan: Plan, command: str, profile: ModelProfile, notices: Iterable[Notice] = ()) -> Result:
+    """The object of a dry run, with what was noticed when the sources were opened."""
     return Result(
         command=command,
         status="planned",
         plan=_forecast(plan),
         strategy=plan.strategy,
         model=_model(profile.name, profile),
+        warnings=[Note(**asdict(notice)) for notice in notices],
     )
 
 
@@ -222,7 +224,8 @@ def row(found: Row, command: str, profile: ModelProfile | None = None) -> Result
     error = failure(found.error, command, profile) if found.error else None
     made = result(found.answer, command, profile) if found.answer else error
     assert made is not None
-    place = {"source": found.source, "span": Stretch(**asdict(found.span))}
+    span = Stretch(**asdict(found.span)) if found.span else None
+    place = {"source": found.source, "span": span}
     return made.model_copy(update={**place, "error": error and error.error})
 
 

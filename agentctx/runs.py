@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from agentctx.memory.atomic import write_bytes
-from agentctx.memory.errors import InputError, StoreError
+from agentctx.memory.errors import AgentctxError, InputError, StoreError
 from agentctx.workflows.trace import read_trace
 
 SCHEMA = 1
+LONGEST = 128  # bytes of an id: file systems allow 255
+NEEDED = {"task", "strategy", "budget", "model", "documents", "started", "attempt", "status"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class RunInfo:
     run_id: str
     task: str
     question: str
-    status: str  # running, complete, partial, unanswerable, failed
+    status: str  # running, complete, partial, unanswerable, failed; damaged, or of another version
     started: float
     sources: tuple[str, ...]
     strategy: str
@@ -42,9 +44,12 @@ class Runs:
 
     def folder(self, run_id: str) -> Path:
         """The folder of a run that may not exist yet; an id is a plain name, never a path."""
-        if not run_id or not all(c.isalnum() or c in "-_." for c in run_id) or run_id.startswith("."):
+        plain = all(c.isalnum() or c in "-_." for c in run_id) and not run_id.startswith(".")
+        if not run_id or not plain or len(run_id.encode()) > LONGEST:
             raise InputError(
-                f"{run_id!r} is no run id", code="not_found", hint="ids are letters, digits, '-', '_' and '.'"
+                f"{run_id[:LONGEST]!r} is no run id",
+                code="not_found",
+                hint=f"ids are letters, digits, '-', '_' and '.', at most {LONGEST} bytes",
             )
         return self.root / run_id
 
@@ -58,14 +63,19 @@ class Runs:
         if not path.exists():
             raise InputError(f"there is no run {run_id}", code="not_found", hint="see: agentctx runs ls")
         try:
-            value: dict[str, Any] = json.loads(path.read_bytes())
-        except ValueError as error:
+            value = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            value = None
+        schema = value.get("schema") if isinstance(value, dict) else SCHEMA
+        if schema != SCHEMA:
+            raise StoreError(
+                f"run {run_id} was written by another version (schema {schema})",
+                code="version",
+                hint=f"use that version, or agentctx runs rm {run_id}",
+            )
+        if not isinstance(value, dict) or NEEDED - value.keys():
             raise StoreError(
                 f"the manifest of run {run_id} is damaged", code="corrupt", hint=f"agentctx runs rm {run_id}"
-            ) from error
-        if value.get("schema") != SCHEMA:
-            raise StoreError(
-                f"run {run_id} was written by another version (schema {value.get('schema')})", code="version"
             )
         return value
 
@@ -86,8 +96,16 @@ class Runs:
         """All runs, newest first."""
         if not self.root.is_dir():
             return []
-        found = [self.get(path.parent.name) for path in self.root.glob("*/run.json")]
+        found = [self._listed(path) for path in self.root.glob("*/run.json")]
         return sorted(found, key=lambda info: -info.started)
+
+    def _listed(self, path: Path) -> RunInfo:
+        """A run that cannot be read has its line too, so that it can be removed."""
+        try:
+            return self.get(path.parent.name)
+        except AgentctxError as error:
+            status = "another version" if error.code == "version" else "damaged"
+            return RunInfo(path.parent.name, "", "", status, path.stat().st_mtime, (), "", "")
 
     def trace(self, run_id: str) -> Iterator[dict[str, Any]]:
         """The events of a run so far."""

@@ -5,15 +5,17 @@ A flag beats `AGENTCTX_*`, which beats the project's file (`./agentctx.toml`, el
 that is misspelt and ignored is worse than none.
 
 A project's file may have come with hostile documents. So it cannot send text anywhere or loosen what the user
-tightened: it may not set endpoints, keys or remote models, nor switch `offline` or `ephemeral` off.
+tightened: it may not set endpoints, keys, remote models or what is kept on disk, nor switch `offline` or
+`ephemeral` off, nor raise a limit above the user's own.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +32,7 @@ from agentctx.paths import KV_BYTES, Paths
 PREFIX = "AGENTCTX_"
 SECRETS = ("api_key", "checkpoints")
 LOCAL = ("attention", "exact", "linears", "kv_dtype")  # without effect at an endpoint
+LIMITS = ("max_calls", "max_input_tokens", "max_output_tokens", "max_seconds", "max_depth")
 NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -112,9 +115,7 @@ class Settings(BaseSettings):
 
     def budget(self) -> Budget:
         """The limits as a run takes them."""
-        return Budget(
-            self.max_calls, self.max_input_tokens, self.max_output_tokens, self.max_seconds, self.max_depth
-        )
+        return Budget(*(getattr(self, name) for name in LIMITS))
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,14 @@ def _layers(
     if config:
         yield _private(_from_file(config, _read(config, must_exist=True)))
     else:
-        user = Paths.default().config / "config.toml"
-        yield _private(_from_file(user, _read(user)))
+        path = Paths.default().config / "config.toml"
+        user = _private(_from_file(path, _read(path)))
+        yield user
         project, table = cwd / "agentctx.toml", _read(cwd / "agentctx.toml")
         if not project.exists():
             project = cwd / "pyproject.toml"
-            table = _read(project).get("tool", {}).get("agentctx", {})
-        yield _harmless(_from_file(project, table))
+            table = _table(_table(_read(project), "tool", project), "agentctx", project)
+        yield _harmless(cls, _from_file(project, table), user)
     for name in os.environ:
         if name.startswith(PREFIX) and name not in NOT_SETTINGS:
             _known(name.removeprefix(PREFIX).lower(), f"the environment variable {name}")
@@ -161,9 +163,14 @@ def _read(path: Path, *, must_exist: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}", hint="correct or remove it") from error
 
 
-def _from_file(path: Path, table: object) -> _Layer:
+def _table(outer: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    table = outer.get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: agentctx is {table!r}, not a table", hint="write [tool.agentctx]")
+        raise ConfigError(f"{path}: {name} is {table!r}, not a table", hint="write [tool.agentctx]")
+    return table
+
+
+def _from_file(path: Path, table: dict[str, Any]) -> _Layer:
     for key in table:
         _known(key, str(path))
     return _Layer(table, str(path))
@@ -188,22 +195,35 @@ def _private(layer: _Layer) -> _Layer:
     return layer
 
 
-def _harmless(layer: _Layer) -> _Layer:
+def _harmless(cls: type[Settings], layer: _Layer, user: _Layer) -> _Layer:
     """A project's file may neither send text away nor loosen what the user tightened."""
-    refused = {"base_url", *SECRETS} & layer.values.keys()
-    refused |= {key for key in ("offline", "ephemeral") if layer.values.get(key) is False}
-    model = layer.values.get("model", "smollm2")
-    folder = Path(layer.name).parent / Path(str(model)).expanduser()
-    if model not in TABLE and not folder.is_dir():
+    refused = {"base_url", "kv_bytes", *SECRETS} & layer.values.keys()
+    model = str(layer.values.get("model", "smollm2"))
+    folder = Path(layer.name).parent / model
+    if model not in TABLE and (model.startswith(("openai:", "~")) or not folder.is_dir()):
         refused.add("model")
+    if not refused:  # compared as what pydantic makes of them: "no" and 0 are False, "9" is 9
+        here, own = (_taken(cls, one, ("offline", "ephemeral", *LIMITS)) for one in (layer, user))
+        refused |= {key for key in here if key not in LIMITS and not here[key]}
+        refused |= {key for key in here if key in LIMITS and here[key] > own.get(key, math.inf)}
     if refused:
         key = min(refused)
         said = "" if key in SECRETS else f" to {layer.values[key]!r}"
         raise ConfigError(
             f"{layer.name} sets {key}{said}, which a project's file may not",
-            hint=f"if you trust it, pass --{key.replace('_', '-')} or set it in your own config.toml",
+            hint=f"remove it; if you trust it, set {PREFIX}{key.upper()} or your own config.toml",
         )
     return layer
+
+
+def _taken(cls: type[Settings], layer: _Layer, keys: Iterable[str]) -> dict[str, Any]:
+    """What a layer says of `keys`, as settings hold it."""
+    given = {key: layer.values[key] for key in keys if key in layer.values}
+    try:
+        settings = cls(**given)
+    except ValidationError as error:
+        raise _explain(error, dict.fromkeys(given, layer.name)) from None
+    return {key: getattr(settings, key) for key in given}
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:

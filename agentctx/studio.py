@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from agentctx.api import Context
 from agentctx.memory.types import Plan
 from agentctx.models.load import Model
+from agentctx.privacy import kept_here
 from agentctx.settings import Settings
 from agentctx.workflows.cache import LeafCache
 from agentctx.workflows.fence import draw_tag
@@ -61,7 +62,8 @@ def studio_graph(chosen: Strategy) -> StudioGraph:
         run = RunContext(run_id, scope, model.chat, plan, LeafCache(None), Trace(run_id))
         given: Any = {"question": state["question"], "sources": list(scope.documents)}
         try:
-            done = await inner.ainvoke(given, {"recursion_limit": max(plan.supersteps, 8)}, context=run)
+            with kept_here(Settings.load({}).offline):
+                done = await inner.ainvoke(given, {"recursion_limit": max(plan.supersteps, 8)}, context=run)
         finally:
             run.cache.close()
         return {"answer": done["answer"]}

@@ -1,9 +1,9 @@
 """The check behind every quote that is shown: are these words in that source?
 
 A quote is looked for as it is, then with white space, Unicode, quotes, dashes and case normalised, then with
-line-end hyphens joined. Nothing is ever matched approximately: a changed digit is a different quote. What is
-shown is the source's own text at the place found. The verdict says that the words are there, not that a
-claim follows from them.
+line-end hyphens joined. Nothing is ever matched approximately: a changed digit is a different quote, and so
+is a part of a number or of a word ("500" of "11,500", "able" of "unable"). What is shown is the source's own
+text at the place found. The verdict says that the words are there, not that a claim follows from them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ FRAGMENTS = 4
 
 _ELLIPSIS = re.compile(r"\[?\.{3,}\]?|\[…\]|…")
 _WRAPPING = " \n\t\"'“”‘’«»…"
+_BROKEN_BEFORE = re.compile(r"(?<=\w)[-‐\xad]\s*\n\s*\Z")  # a word broken at a line end
+_BROKEN_AFTER = re.compile(r"\A[-‐\xad]\s*\n\s*(?=\w)")
+_IN_NUMBER = re.compile(r"(?<=\d)(?=[.,:/']?\d)|(?<=\d[.,:/'])(?=\d)")
+_AROUND = 32  # characters on either side that tell whether a place is inside a word
 _LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
 
 
@@ -37,7 +41,8 @@ class Verifier:
     ) -> Citation:
         """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
 
-        Of several places the one closest to the offset `near` is taken, or the first.
+        Of several places the one closest to the offset `near` is taken, or the first. One that starts at
+        `near` was chosen by code, and may cut a word.
 
         `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
         place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
@@ -62,8 +67,8 @@ class Verifier:
         """
         words = normalised(_ELLIPSIS.sub(" ", quote)).strip().strip("\"'").split()
         for text in sorted(self._texts.values(), key=lambda text: text.document.id != cited_id):
-            if cuts := _cover(words, text.normal.text):
-                return [text.fragment(" ".join(words[start:end])) for start, end in cuts]
+            if cuts := _cover(words, text):
+                return [next(text.fragments(" ".join(words[start:end]))) for start, end in cuts]
         return []
 
     def _citation(self, spans: Sequence[Span], verdict: Verdict, claim: str) -> Citation:
@@ -103,8 +108,13 @@ class _Text:
             yield from self._in_form(form, Normalised(quote, "dropped").text.strip())
             yield from self._in_form(form, normalised(quote).strip())
 
-    def fragment(self, words: str) -> Span:
-        return next(self._in_form(self.normal, words))
+    def fragments(self, words: str) -> Iterator[Span]:
+        """The whole places of words in normal form."""
+        return filter(self.is_whole, self._in_form(self.normal, words))
+
+    def is_whole(self, span: Span) -> bool:
+        """Whether the span cuts no number and no word at its ends."""
+        return not (_cuts(self.document.text, span.start) or _cuts(self.document.text, span.end))
 
     def is_unit(self, span: Span) -> bool:
         """Whether the span is a whole line, or a whole cell of a table."""
@@ -134,7 +144,11 @@ def _first(texts: Sequence[_Text], quote: str, near: int | None) -> Span | None:
         long_enough = len("".join(wanted.split())) >= LEAST
         for compare in comparisons:
             for text in texts:
-                spans = (span for span in compare(text, wanted) if long_enough or text.is_unit(span))
+                spans = (
+                    span
+                    for span in compare(text, wanted)
+                    if (long_enough or text.is_unit(span)) and (span.start == near or text.is_whole(span))
+                )
                 if near is None:
                     found = next(spans, None)
                 else:
@@ -151,22 +165,40 @@ def _occurrences(text: str, wanted: str) -> Iterator[int]:
         start = text.find(wanted, start + 1)
 
 
-def _cover(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+def _cuts(text: str, at: int) -> bool:
+    """Whether the offset lies inside a number or between two letters of a script with cases.
+
+    Other scripts write words without a gap between them. What is invisible, or breaks a word at a line end,
+    is looked through.
+    """
+    left = normalised(_BROKEN_BEFORE.sub("", text[max(0, at - _AROUND) : at]))
+    right = normalised(_BROKEN_AFTER.sub("", text[at : at + _AROUND]))
+    letters = left[-1:] + right[:1]
+    if len(letters) == 2 and all(letter.lower() != letter.upper() for letter in letters):
+        return True
+    return _IN_NUMBER.match(left + right, len(left)) is not None
+
+
+def _cover(words: Sequence[str], text: _Text) -> list[tuple[int, int]]:
     """Cut `words` into at most four runs that `text` holds, of at least four words each; [] if impossible."""
-    if len(words) < 2 * FRAGMENT_WORDS or any(word not in text for word in set(words)):
+    normal = text.normal.text
+    if len(words) < 2 * FRAGMENT_WORDS or any(word not in normal for word in set(words)):
         return []
+
+    def holds(start: int, end: int) -> bool:
+        return any(True for _ in text.fragments(" ".join(words[start:end])))
 
     @functools.cache
     def reach(start: int) -> int:
         """The end of the longest run from `start` that the text holds (runs inside a held run are held)."""
-        ends = range(start + 1, len(words) + 1)
-        return start + bisect.bisect_left(ends, True, key=lambda end: " ".join(words[start:end]) not in text)
+        ends = range(start + FRAGMENT_WORDS + 1, len(words) + 1)
+        return start + FRAGMENT_WORDS + bisect.bisect_left(ends, True, key=lambda end: not holds(start, end))
 
     @functools.cache
     def cover(start: int, runs: int) -> list[tuple[int, int]] | None:
         if start == len(words):
             return []
-        if runs and " ".join(words[start : start + FRAGMENT_WORDS]) in text:
+        if runs and start + FRAGMENT_WORDS <= len(words) and holds(start, start + FRAGMENT_WORDS):
             for end in range(reach(start), start + FRAGMENT_WORDS - 1, -1):
                 if (rest := cover(end, runs - 1)) is not None:
                     return [(start, end), *rest]

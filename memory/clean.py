@@ -21,3 +21,8 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def printable(text: str) -> str:
     """`text` without escape sequences, control characters and bidirectional overrides."""
     return CONTROLS.sub("", ESCAPES.sub("", text))
+
+
+def one_line(text: str) -> str:
+    """`text` printable and without line ends: a name that goes on below could pass for what stands there."""
+    return " ".join(printable(text).split())

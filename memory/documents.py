@@ -41,7 +41,8 @@ def open_documents(
     """Read every path: files as named, directories by `selection`, "-" from `stdin` as `<stdin>`.
 
     A file is called as it was named, a file in a directory by its path from there with the directory's name
-    in front. Of equal texts one document is kept. Raises InputError if nothing could be read.
+    in front; of two directories with one name, the second is called as it was named. Of equal texts one
+    document is kept. Raises InputError if nothing could be read.
     """
     with Worker() as worker:
         opening = _Opening(selection, worker)
@@ -60,6 +61,7 @@ class _Opening:
         self.problems: list[InputError] = []
         self.warnings: list[Notice] = []
         self.seen: set[str] = set()  # real paths
+        self.roots: dict[str, Path] = {}  # of directories, by the name in front of their files
         self.total_bytes = 0
 
     def open(self, path: str | Path, stdin: BinaryIO | None) -> None:
@@ -102,6 +104,9 @@ class _Opening:
     def _directory(self, path: Path) -> None:
         found = walk(path, self.selection)
         name = found.root.name or "/"
+        if self.roots.setdefault(name, found.root) != found.root:
+            name = str(path)
+            self.roots[name] = found.root
         for file in found.files:
             self._file(file, _printable_name(os.path.join(name, file.relative_to(found.root))))
         for secret in found.secrets:

@@ -9,6 +9,7 @@ about the path itself: the parent was asked before. Agrees with `git ls-files -o
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 from agentctx.memory.errors import ConfigError
 
+MAX_BYTES = 1_000_000  # of a .gitignore
+STAR, DEEP = "[^/]*", "(?:/.+)?"  # what pathspec makes of a star, and of "/**" before a slash
 DIRECTORY_MARK = "ps_d"  # pathspec's name for the slash behind what the pattern itself matched
 
 
@@ -38,13 +41,21 @@ class Rules:
             except (GitIgnorePatternError, re.error):
                 continue
             if pattern.include is not None and pattern.regex is not None:
-                patterns.append((pattern.include, pattern.regex))
+                patterns.append(
+                    (pattern.include, re.compile(_settled(pattern.regex.pattern), pattern.regex.flags))
+                )
         return cls(base, tuple(patterns))
 
     @classmethod
     def read(cls, file: Path, base: Path) -> Rules | None:
-        """The rules in `file`, None if it is not there or cannot be read."""
+        """The rules in `file`, None if it is not there, cannot be read, or is no file of a sane size.
+
+        Like git, a link is not followed: it may lead to a device.
+        """
         try:
+            found = file.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+                return None
             raw = file.read_bytes()
         except OSError:
             return None
@@ -94,6 +105,27 @@ def check_pathspec() -> None:
         raise ConfigError(
             "the installed pathspec marks no directories", hint="pip install 'pathspec>=1.1,<2'"
         )
+
+
+def _settled(regex: str) -> str:
+    """The same expression, without going back to where an earlier star ended.
+
+    The first place where what follows a star fits leaves the most to the next star, so no other place needs
+    a try; with many stars, trying them all takes for ever. `(?>…)` is that: it is never entered again. For
+    the last star of a name the place is not free, the name must end behind it; so it is for the last DEEP.
+    """
+    first, *runs = map(_stars_settled, regex.split(DEEP))
+    middle = (f"(?>(?:/[^/]+)*?{run}(?=/))" for run in runs[:-1])
+    return first + "".join(middle) + "".join(DEEP + run for run in runs[-1:])
+
+
+def _stars_settled(run: str) -> str:
+    """`_settled` for a run of names without DEEP."""
+    first, *pieces = run.split(STAR)
+    for place, piece in enumerate(pieces):
+        another = place + 1 < len(pieces) and "/" not in piece.replace("[^/]", "")  # star in the same name
+        first += f"(?>{STAR}?{piece})" if another else STAR + piece
+    return first
 
 
 def _fits(regex: re.Pattern[str], bare: str, probe: str) -> bool:

@@ -1,8 +1,8 @@
 """Find the files of a directory that a person would want read, in sorted order.
 
 Left out, unless named on their own: what .gitignore says, hidden names, `.git`, `.env*`, private keys. A link
-is followed only to something inside the directory that was not met under its own name; so loops end, nothing
-is read twice, and no link leads out.
+is followed only to something inside the directory that is not hidden and was not met under its own name; so
+loops end, nothing is read twice, and no link leads out or shows a hidden file.
 """
 
 from __future__ import annotations
@@ -134,7 +134,13 @@ class _Walker:
             self.result.problems.append(
                 InputError(message, code="outside", source=self._name(link), hint=hint)
             )
-        elif target in self.seen or SECRET.fullmatch(os.path.basename(target)):
+            return
+        names = Path(target).relative_to(self.result.root).parts
+        if ".git" in names or (not self.selection.hidden and any(name.startswith(".") for name in names)):
+            self.result.left_out += 1
+        elif SECRET.fullmatch(os.path.basename(target)):
+            self.result.secrets.append(Path(link))
+        elif target in self.seen:
             return
         elif os.path.isdir(target):
             self._folder(link, outer)

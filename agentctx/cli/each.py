@@ -95,6 +95,8 @@ def ask_each(job: Job, options: Options, per: str, chunk_tokens: int | None = No
 
 
 def _code(row: Row, options: Options) -> int:
+    if row.span is None:  # left out when the sources were opened; --strict-inputs ends before any is asked
+        return exits.OK
     if row.answer is not None:
         return exits.of_answer(row.answer, require_citations=options.require_citations)
     assert row.error is not None
@@ -104,9 +106,9 @@ def _code(row: Row, options: Options) -> int:
 def row_lines(row: Row) -> list[Line]:
     """A row as a block of text: its source, then the answer or the error."""
     from agentctx.cli.render import Line, answer_lines
-    from agentctx.memory.clean import printable
+    from agentctx.memory.clean import one_line
 
-    lines = [Line(f"== {printable(row.source)}", "bold")]
+    lines = [Line(f"== {one_line(row.source)}", "bold")]
     if row.answer is not None:
         lines += answer_lines(row.answer, quiet=True)
     if row.error is not None:
@@ -120,7 +122,7 @@ def table_lines(rows: Iterable[Row]) -> list[Line]:
 
     cells = [("source", "characters", "status", "answer", "cited")]
     for row in rows:
-        place = f"{row.span.start}-{row.span.end}"
+        place = f"{row.span.start}-{row.span.end}" if row.span else ""
         if row.answer is None:
             assert row.error is not None
             cells.append((row.source, place, "failed", row.error.message[:SHOWN], ""))

@@ -32,9 +32,7 @@ def of_answer(answer: Answer, *, require_citations: bool) -> int:
 
 def explain(error: AgentctxError) -> str:
     """What was wrong and what to do, a line each."""
-    from agentctx.memory.clean import printable
+    from agentctx.memory.clean import one_line
 
-    lines = [f"error: {' '.join(error.message.split())}"]
-    if error.hint:
-        lines.append(f"hint: {' '.join(error.hint.split())}")
-    return "\n".join(printable(line) for line in lines)
+    said = f"error: {one_line(error.message)}"
+    return f"{said}\nhint: {one_line(error.hint)}" if error.hint else said

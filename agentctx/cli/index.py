@@ -16,6 +16,7 @@ from agentctx.cli import exits
 from agentctx.cli.options import Json
 from agentctx.cli.output import show
 from agentctx.cli.progress import Progress
+from agentctx.memory.clean import one_line
 from agentctx.memory.errors import ConfigError, InputError
 from agentctx.paths import Paths
 
@@ -87,7 +88,7 @@ def add(
     notices = [notice for corpus in found.values() for notice in (*corpus.skipped, *corpus.warnings)]
     told = [f"{notice.source}: {notice.message} ({notice.code})" for notice in notices]
     for line in (*told, *(line for row in rows for line in row["warnings"])):
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {one_line(line)}", file=sys.stderr)
     lines = [
         f"{row['path']}: {row['documents']} documents, {row['passages']} passages, {row['fresh']} of them "
         f"new, {row['computed_tokens']:,} tokens read"
@@ -175,7 +176,9 @@ def verify(
     if unknown := sorted(set(roots) - known):
         raise InputError(f"{unknown[0]} is in no index", code="not_found", hint="agentctx index ls")
     problems = verify(Paths.default(), roots)
-    lines = [f"{one.kind}: {one.source}: {one.message}" for one in problems] or ["all is as it was indexed"]
+    lines = [one_line(f"{one.kind}: {one.source}: {one.message}") for one in problems] or [
+        "all is as it was indexed"
+    ]
     show({"problems": [asdict(one) for one in problems]}, lines, "index verify", as_json=json)
     if problems:
         print("hint: index the paths again; what is unchanged is not read again", file=sys.stderr)

@@ -10,9 +10,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from agentctx.memory.types import Budget
 
 MODEL, LIMITS, INPUT, OUTPUT, RUN = "Model", "Limits", "Input", "Output", "Run"
 
@@ -142,6 +145,21 @@ class Options(OutputOptions):
             for field in fields(self)
             if field.name in Settings.model_fields
         }
+
+    def limits(self) -> Budget:
+        """The limits that are given as flags, those of the settings left out."""
+        from agentctx.memory.types import Budget
+        from agentctx.settings import LIMITS as NAMES
+
+        return Budget(*(getattr(self, name) for name in NAMES))
+
+    def own(self) -> list[str]:
+        """The given flags that make a run what it is, not how far it goes or how it is shown."""
+        from agentctx.settings import LIMITS as NAMES
+
+        free = {*(field.name for field in fields(OutputOptions)), *NAMES, "resume", "config", "yes"}
+        chosen = (field for field in fields(self) if field.name not in free)
+        return [field.name for field in chosen if getattr(self, field.name) != field.default]
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

@@ -46,8 +46,10 @@ def show(fields: dict[str, Any], lines: Iterable[str], command: str, *, as_json:
             json.dumps({"schema_version": 1, "command": command, **fields}, ensure_ascii=False, default=str)
         )
     else:
+        from agentctx.memory.clean import printable
+
         for line in lines:
-            print(line)
+            print(printable(line))
 
 
 class Output:
@@ -95,9 +97,10 @@ class Output:
         from agentctx.cli.render import plan_lines
         from agentctx.result import planned
 
+        notices = tuple(notices)
         self.notices(notices)
         if self.options.json or self.options.stream:
-            self._result(planned(plan, self.command, profile))
+            self._result(planned(plan, self.command, profile, notices))
         else:
             self.lines(plan_lines(plan))
 
@@ -125,15 +128,15 @@ class Output:
 
     def notices(self, notices: Iterable[Notice]) -> None:
         """Say on stderr what the user should know, each thing once."""
-        from agentctx.memory.clean import printable
+        from agentctx.memory.clean import one_line
 
         self.progress.clear()
         for notice in () if self.broken else notices:
             if notice in self._told:
                 continue
             self._told.add(notice)
-            said = ": ".join(part for part in (notice.source, notice.message) if part)
-            print(f"warning: {printable(said)} ({notice.code})", file=sys.stderr)
+            said = ": ".join(one_line(part) for part in (notice.source, notice.message) if part)
+            print(f"warning: {said} ({notice.code})", file=sys.stderr)
 
     def _result(self, result: Result) -> None:
         fields = result.model_dump(mode="json")

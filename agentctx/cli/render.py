@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from agentctx.memory.clean import printable
+from agentctx.memory.clean import one_line, printable
 
 if TYPE_CHECKING:
     from agentctx.memory.types import Answer, Citation, Cost, Coverage, Plan
@@ -47,7 +47,7 @@ def plan_lines(plan: Plan) -> list[Line]:
 
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:
     """Rows with their cells aligned, numbers to the right."""
-    table = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    table = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -59,9 +59,9 @@ def columns(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _citation(number: int, citation: Citation) -> list[Line]:
-    where = printable(citation.source)
+    where = one_line(citation.source)
     if citation.locator:
-        where += f", {citation.locator.kind} {printable(str(citation.locator.value))}"
+        where += f", {citation.locator.kind} {one_line(str(citation.locator.value))}"
     elif citation.page is not None:
         where += f", page {citation.page}"
     supported = citation.verdict == "supported"
@@ -95,7 +95,7 @@ def _account(answer: Answer) -> str:
         f"{spent.calls:,} of at most {ceiling.calls:,} calls, "
         f"{spent.input_tokens:,} of {ceiling.input_tokens:,} tokens in, "
         f"{spent.output_tokens:,} of {ceiling.output_tokens:,} out, {spent.seconds:.1f} s; "
-        f"{answer.strategy} with {printable(answer.model)}; run {answer.run_id}"
+        f"{answer.strategy} with {one_line(answer.model)}; run {answer.run_id}"
     )
 
 

@@ -51,9 +51,8 @@ def execute(job: Job, options: Options, body: Body | None = None) -> None:
     settings = Settings.load(options.flags(), options.config)
     settings.export_key()
     if options.resume:
-        said = any(value is not None for name, value in options.flags().items() if name.startswith("max_"))
-        budget = settings.budget() if said else None
-        resume(options.resume, job.command, options, offline=settings.offline, budget=budget)
+        _resumed_alone(job, options)
+        resume(options.resume, job.command, options, offline=settings.offline, budget=options.limits())
     selection = selection_of(options)
     sources = sources_of(job.paths, options, selection)
     with claim_stdout() as data:
@@ -67,8 +66,8 @@ def execute(job: Job, options: Options, body: Body | None = None) -> None:
 def resume(
     run_id: str, command: str, options: OutputOptions, *, offline: bool, budget: Budget | None = None
 ) -> NoReturn:
-    """Finish a run that was stopped, within `budget` instead of its own if there is one; ends the command
-    with its exit code.
+    """Finish a run that was stopped, with the limits of `budget` instead of its own; ends the command with
+    its exit code.
     """
     _one_form(options)
 
@@ -90,6 +89,19 @@ def resume(
         output = Output(command, options, data)
         code = _guarded(output, body)
     raise typer.Exit(code)
+
+
+def _resumed_alone(job: Job, options: Options) -> None:
+    """A run brings its question, sources and model along: what would be ignored is refused."""
+    blank = Job("", job.task, ())
+    asked = ("question", "paths", "per", "kind", "labels")
+    said = [name for name in asked if getattr(job, name) != getattr(blank, name)]
+    said += [f"--{name.replace('_', '-')}" for name in options.own()]
+    if said:
+        raise ConfigError(
+            f"--resume takes up a run as it was asked: {said[0]} cannot be given with it",
+            hint="leave it out; limits, forms of output and --offline can be given",
+        )
 
 
 def _guarded(output: Output, body: Callable[[Stop], int]) -> int:

@@ -34,10 +34,10 @@ def ls(json: Json = False) -> None:
 @app.command("show")
 def show_one(run_id: RunId, json: Json = False) -> None:
     """Show one run."""
-    from agentctx.memory.clean import printable
+    from agentctx.memory.clean import one_line
 
     fields = asdict(_runs().get(run_id))
-    lines = [f"{name}: {printable(str(value))}" for name, value in fields.items()]
+    lines = [f"{name}: {one_line(str(value))}" for name, value in fields.items()]
     show({"run": fields}, lines, "runs show", as_json=json)
 
 

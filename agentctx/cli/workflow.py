@@ -91,7 +91,7 @@ def _execute(command: str, file: str, paths: Paths, question: str | None, option
     if options.strategy is not None:
         raise ConfigError("the file is the strategy", hint="leave out --strategy")
     opened = _open(file)
-    asked = question or opened.question
+    asked = question or (None if options.resume else opened.question)
     if asked is None and not options.resume:
         raise ConfigError(f"{file} brings no question", hint="--question TEXT")
     execute(Job(command, "ask", paths or (), asked, strategy=opened), options)

@@ -51,7 +51,7 @@ def read(file: BinaryIO, encoding: str | None) -> Iterator[Part]:
 
 
 def _spine(book: ZipFile) -> list[str]:
-    """Archive names of the chapters, in order."""
+    """Archive names of the chapters, in order, each once: a small book could name one a million times."""
     package_name = unquote(_first(_xml(book, CONTAINER), "rootfile").get("full-path", ""))
     package = _xml(book, package_name)
     folder = posixpath.dirname(package_name)
@@ -59,9 +59,8 @@ def _spine(book: ZipFile) -> list[str]:
         item.get("id"): posixpath.normpath(posixpath.join(folder, unquote(item.get("href", ""))))
         for item in package.iterfind(".//{*}item")
     }
-    return [
-        targets[at.get("idref")] for at in package.iterfind(".//{*}itemref") if at.get("idref") in targets
-    ]
+    named = (at.get("idref") for at in package.iterfind(".//{*}itemref"))
+    return list(dict.fromkeys(targets[name] for name in named if name in targets))
 
 
 def _locked(book: ZipFile) -> set[str]:

@@ -24,15 +24,19 @@ from agentctx.memory.types import Locator, Notice
 
 SECONDS = 120
 MEMORY_BYTES = 2 * 1024**3
+CHARACTERS = 100_000_000  # of text: some formats can say the same again and again in a few bytes
 PACKAGE_PARENT = Path(__file__).parents[3]
 
 
 class Worker:
     """Use as a context manager; one job at a time."""
 
-    def __init__(self, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES, characters: int = CHARACTERS
+    ) -> None:
         self.seconds = seconds
         self.memory_bytes = memory_bytes
+        self.characters = characters
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[bytes] | None = None
 
@@ -94,8 +98,9 @@ class Worker:
             path = [str(PACKAGE_PARENT), *(entry for entry in sys.path if entry)]
             threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each would reserve memory
             module = "agentctx.memory.loaders.worker"
+            limits = map(str, (self.seconds, self.memory_bytes, self.characters))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(self.seconds), str(self.memory_bytes)],
+                [sys.executable, "-P", "-m", module, *limits],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -32,7 +32,8 @@ class Part:
 def join(parts: Iterable[Part]) -> tuple[str, tuple[Locator, ...]]:
     """The text of all parts, and the locators moved to where the parts came to stand.
 
-    Lone surrogates become U+FFFD one for one: no UTF-8 can hold them, and the offsets stay.
+    Lone surrogates become U+FFFD one for one, also in what locators say: no UTF-8 can hold them, and the
+    offsets stay.
     """
     texts: list[str] = []
     locators: list[Locator] = []
@@ -43,20 +44,21 @@ def join(parts: Iterable[Part]) -> tuple[str, tuple[Locator, ...]]:
         if texts:
             offset += len(GAP)
         texts.append(part.text)
-        if offset:
-            locators += (replace(at, start=at.start + offset, end=at.end + offset) for at in part.locators)
-        else:
-            locators += part.locators
+        locators += (_moved(at, offset) for at in part.locators)
         offset += len(part.text)
-    text = GAP.join(texts)
-    if not _encodable(text):
-        text = SURROGATE.sub("\ufffd", text)
-    return text, tuple(locators)
+    return _encodable(GAP.join(texts)), tuple(locators)
 
 
-def _encodable(text: str) -> bool:
+def _moved(at: Locator, offset: int) -> Locator:
+    value = _encodable(at.value) if isinstance(at.value, str) else at.value
+    if not offset and value is at.value:
+        return at
+    return replace(at, start=at.start + offset, end=at.end + offset, value=value)
+
+
+def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return SURROGATE.sub("\ufffd", text)
+    return text

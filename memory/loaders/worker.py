@@ -22,8 +22,8 @@ ORPHAN_SECONDS = 30  # how long after its time a worker lives on whose parent wa
 
 
 def main() -> None:
-    """Serve jobs until stdin closes. Arguments: seconds per job, bytes of address space."""
-    seconds, memory_bytes = map(int, sys.argv[1:])
+    """Serve jobs until stdin closes. Arguments: seconds, bytes of address space, characters, each per job."""
+    seconds, memory_bytes, characters = map(int, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -32,18 +32,27 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not break the protocol
     for line in sys.stdin.buffer:
         signal.alarm(seconds + ORPHAN_SECONDS)
-        for reply in _answer(json.loads(line)):
+        for reply in _answer(json.loads(line), characters):
             replies.write(json.dumps(reply) + "\n")
             replies.flush()
         signal.alarm(0)
 
 
-def _answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts, then `end` with the error that stopped the reader, if one did."""
+def _answer(job: dict[str, Any], characters: int) -> Iterator[dict[str, Any]]:
+    """The parts, then `end` with the error that stopped the reader, if one did.
+
+    Of more than `characters` the part that goes beyond is the first that is left out.
+    """
     error: InputError | None = None
+    told = 0
     try:
         with open(job["path"], "rb") as file:
             for part in reader_of(job["reader"])(file, job["encoding"]):
+                told += len(part.text)
+                if told > characters:
+                    hint = "split the file, or name the parts that matter"
+                    message = f"more than {characters:,} characters of text"
+                    raise InputError(message, code="too_large", hint=hint)
                 yield {
                     "text": part.text,
                     "locators": [astuple(at) for at in part.locators],

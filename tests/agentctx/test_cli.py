@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentctx.cli.main import run
+from agentctx.memory.types import Budget
 from agentctx.result import Result
 
 SCRIPT = Path(__file__).parent / "scripted_api.py"
@@ -56,9 +57,28 @@ def test_the_kind_of_a_question_and_its_labels_reach_the_run(api, capfd):
 
 def test_a_run_is_resumed_within_the_limits_that_are_given(api, capfd):
     assert run(["ask", "--resume", "01RUN"]) == 0
-    assert api.Context.resumed_with is None
+    assert api.Context.resumed_with == Budget()
     assert run(["ask", "--resume", "01RUN", "--max-calls", "7"]) == 0
-    assert api.Context.resumed_with.calls == 7
+    assert api.Context.resumed_with == Budget(calls=7)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["ask", "when?"], "question"),
+        (["summarize", "a.txt"], "paths"),
+        (["ask", "--model", "other"], "--model"),
+        (["ask", "--window", "500"], "--window"),
+        (["ask", "--strategy", "spans"], "--strategy"),
+        (["ask", "--dry-run"], "--dry-run"),
+        (["ask", "--kind", "aggregate"], "kind"),
+        (["summarize", "--per", "file"], "per"),
+    ],
+)
+def test_a_run_is_resumed_as_it_was_asked(api, capfd, args, said):
+    """What would be ignored is refused, a dry run that would spend most of all."""
+    assert run([*args, "--resume", "01RUN"]) == 2
+    assert f"{said} cannot be given" in capfd.readouterr().err
 
 
 def test_an_answer_is_shown_with_its_citations_and_accounts(api, capfd):
@@ -197,6 +217,10 @@ def test_a_dry_run_shows_the_ceiling(api, capfd, args):
     assert run([*args, "--json"]) == 0
     said = Result.model_validate_json(capfd.readouterr().out)
     assert (said.status, said.plan.ceiling.calls, said.answer) == ("planned", 3, None)
+    Path("b.bin").write_bytes(b"\0\1\2")
+    assert run([*args, "b.bin", "--json"]) == 0
+    said = Result.model_validate_json(capfd.readouterr().out)
+    assert [(note.code, note.source) for note in said.warnings] == [("binary", "b.bin")]
 
 
 def test_summaries_and_resumed_runs(api, capfd):

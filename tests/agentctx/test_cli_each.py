@@ -5,10 +5,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from agentctx.cli.main import run
+from agentctx.each import Row
+from agentctx.memory.errors import InputError
 from agentctx.result import Result
 
 SCRIPT = Path(__file__).parent / "scripted_api.py"
@@ -90,6 +93,29 @@ def test_one_that_fails_gives_its_code_and_the_others_their_answers(capfd, text,
     assert "failed" in (out := capfd.readouterr().out) or "partial" in out
     assert run(["ask", "when?", "bad.txt", "--each"]) == code
     assert "error: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_source_that_was_left_out_has_a_row_but_no_exit_code(api, capfd, monkeypatch, form):
+    error = InputError("b.bin is binary", code="binary", source="b.bin")
+    monkeypatch.setattr(
+        api.Context,
+        "each",
+        lambda *_, **__: SimpleNamespace(rows=lambda **_: [Row("b.bin", None, error=error)]),
+    )
+    for door in (["map"], ["ask", "--each"]):
+        assert run([door[0], "when?", "a.txt", *door[1:], *form]) == 0
+        out = capfd.readouterr().out
+        if form:
+            found = Result.model_validate_json(out)
+            assert (found.source, found.span, found.status, found.error.code) == (
+                "b.bin",
+                None,
+                "failed",
+                "binary",
+            )
+        else:
+            assert "b.bin" in out and "binary" in out
 
 
 def test_its_plan_is_shown_without_a_run(capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from agentctx.api import Context, Stop
 from agentctx.each import Row
 from agentctx.memory.errors import BudgetExceeded, ConfigError, ModelError
-from agentctx.memory.types import Budget, Cost, Document
+from agentctx.memory.types import Budget, Cost, Document, Notice
 from agentctx.paths import Paths
 from agentctx.testing import FaultyChat, ScriptedChat, finding, scripted_model
 
@@ -94,8 +95,10 @@ def test_a_limit_is_for_all_together(
     chat = scripted()
     budget = Budget(calls=calls, input_tokens=tokens)
     context = opened([file(n, size) for n, size in enumerate(sizes)], chat, concurrency=concurrency)
-    rows = list(context.each(QUESTION, budget=budget).rows())
+    each = context.each(QUESTION, budget=budget)
+    rows = list(each.rows())
     used = spent(rows)
+    assert used.within(each.plan().ceiling)
     assert len(rows) == len(sizes)
     assert len(chat.prompts) == used.calls <= (calls if calls is not None else used.calls)
     assert used.input_tokens <= (tokens if tokens is not None else used.input_tokens)
@@ -115,6 +118,39 @@ def test_a_limit_is_shared_fairly_and_what_is_left_goes_on() -> None:
     total = Budget(calls=3 + 2 * alone.plan.ceiling.calls)
     rows = list(context.each(QUESTION, strategy="map_reduce", budget=total).rows())
     assert rows[2].answer is not None and rows[2].answer.status == "complete"
+
+
+def test_a_plan_is_a_ceiling_for_what_others_leave_too() -> None:
+    """With an equal share the long file is read in part; what the short ones leave pays for all of it."""
+    files = [file(0), file(1), file(2, 900)]
+    alone = opened(files[2:], scripted(), concurrency=1).plan(QUESTION)
+    assert alone.ceiling.calls > 3
+    budget = Budget(calls=alone.ceiling.calls + 4)
+    each = opened(files, scripted(), concurrency=1).each(QUESTION, budget=budget)
+    plan, rows = each.plan(), list(each.rows())
+    assert rows[2].answer is not None and rows[2].answer.strategy == alone.strategy
+    assert alone.strategy not in plan.strategy, "the share alone would not do"
+    assert spent(rows).within(plan.ceiling)
+    assert plan.ceiling.calls <= alone.ceiling.calls + 4
+    assert all(stage.cost.within(plan.ceiling) for stage in plan.stages)
+
+
+def test_what_was_left_out_has_a_row_and_what_was_noticed_is_with_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\0\1")
+    (tmp_path / "b.txt").write_text(file(1).text)
+    (tmp_path / "c.txt").write_text(file(1).text)
+    (tmp_path / "d.txt").write_bytes((file(2).text + " caf\xe9 r\xe9sum\xe9").encode("cp1252"))
+    (tmp_path / "id_rsa").write_text("secret")
+    model = scripted_model(scripted(), context=1500)
+    context = Context.open(
+        tmp_path, model=replace(model, warnings=(Notice("slow", "it is"),)), ephemeral=True
+    )
+    rows = [(Path(row.source).name, row) for row in context.each(QUESTION).rows()]
+    assert [name for name, _ in rows] == ["a.bin", "c.txt", "id_rsa", "b.txt", "d.txt"]
+    assert [row.error and row.error.code for _, row in rows] == ["binary", "duplicate", "secret", None, None]
+    assert [row.span is None for _, row in rows] == [True, True, True, False, False]
+    told = [{notice.code for notice in row.answer.warnings} for _, row in rows if row.answer]
+    assert [one & {"encoding_guessed", "slow"} for one in told] == [{"slow"}, {"encoding_guessed", "slow"}]
 
 
 def test_what_fails_fails_alone() -> None:

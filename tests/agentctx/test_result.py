@@ -103,6 +103,8 @@ def test_a_dry_run_has_a_plan_and_no_answer() -> None:
     assert said.model == result(answer(), "ask", PROFILE).model
     assert said.model is not None and (said.model.kind, said.model.window) == ("local", 8192)
     assert said.plan is not None and said.plan.ceiling.calls == 5
+    notices = [Notice("binary", "b.bin is binary", "b.bin"), Notice("tracing", "is on")]
+    assert [note.code for note in planned(PLAN, "ask", PROFILE, notices).warnings] == ["binary", "tracing"]
 
 
 def test_the_shipped_schema_is_that_of_the_models() -> None:

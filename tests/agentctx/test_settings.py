@@ -34,7 +34,7 @@ def user_file(home: Path, text: str, mode: int = 0o600) -> Path:
 
 
 def test_each_layer_beats_the_one_below(home: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    user = user_file(home, 'window = 1000\nmax_calls = 1\nmax_depth = 1\nmodel = "openai:x"\n')
+    user = user_file(home, 'window = 1000\nmax_calls = 5\nmax_depth = 2\nmodel = "openai:x"\n')
     (project / "agentctx.toml").write_text(
         'max_calls = 2\nmax_depth = 2\nmax_seconds = 2\nmodel = "smollm2"\n'
     )
@@ -83,22 +83,42 @@ def test_a_named_file_takes_the_place_of_both(home: Path, project: Path, tmp_pat
         'model = "openai:gpt"',
         'model = "someone/on-a-hub"',
         'model = "gpt2"',
+        'model = "~no-such-user/x"',
         "offline = false",
+        "offline = 0",
         "ephemeral = false",
+        'ephemeral = "no"',
+        "kv_bytes = 1000000",
+        "max_calls = 100000",
+        'max_calls = "4"',
+        "max_seconds = 2.5",
     ],
 )
-def test_a_project_file_may_not_send_text_away(project: Path, line: str) -> None:
+def test_a_project_file_may_not_send_text_away_or_loosen(home: Path, project: Path, line: str) -> None:
+    user_file(home, "offline = true\nephemeral = true\nmax_calls = 3\nmax_seconds = 2\n")
+    (project / "openai:gpt").mkdir()
     (project / "agentctx.toml").write_text(line + "\n")
     with pytest.raises(ConfigError, match="which a project's file may not") as caught:
         Settings.load({}, cwd=project)
     assert "sk-1" not in str(caught.value)
 
 
-def test_a_project_file_may_tighten_and_may_name_a_folder(project: Path) -> None:
+def test_a_project_file_may_tighten_and_may_name_a_folder(home: Path, project: Path) -> None:
     (project / "weights").mkdir()
-    (project / "agentctx.toml").write_text('model = "weights"\noffline = true\n')
+    user_file(home, "max_calls = 3\n")
+    (project / "agentctx.toml").write_text(
+        'model = "weights"\noffline = true\nephemeral = 1\nmax_calls = 3\nmax_depth = 9\n'
+    )
     settings = Settings.load({}, cwd=project)
-    assert (settings.model, settings.offline) == ("weights", True)
+    assert (settings.model, settings.offline, settings.ephemeral) == ("weights", True, True)
+    assert (settings.max_calls, settings.max_depth) == (3, 9)
+
+
+@pytest.mark.parametrize("text", ["tool = 5\n", "[tool]\nagentctx = 5\n"])
+def test_a_table_that_is_none_is_an_error(project: Path, text: str) -> None:
+    (project / "pyproject.toml").write_text(text)
+    with pytest.raises(ConfigError, match="is 5, not a table"):
+        Settings.load({}, cwd=project)
 
 
 def test_a_misspelt_key_is_an_error_with_a_suggestion(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import random
+import re
 
 import pytest
 from hypothesis import assume, given
@@ -32,6 +33,12 @@ TYPOGRAPHY = {
 }
 
 
+# Words and numbers, with what is invisible in them, and with the hyphen and the line end of a broken one.
+WHOLE = re.compile(r"\d(?:[,.]?\d)*|(?:[^\W\d_]|[\xad\u200b](?=\w)|-\n(?=\w))+")
+INSIDE = [at for match in WHOLE.finditer(COURT) for at in range(match.start() + 1, match.end())]
+EDGES = [at for at in range(len(COURT) + 1) if at not in INSIDE]
+
+
 def disturbed(text: str, rng: random.Random) -> str:
     out = []
     for character in text:
@@ -46,12 +53,14 @@ def disturbed(text: str, rng: random.Random) -> str:
 
 @st.composite
 def slices(draw: st.DrawFn) -> tuple[int, int]:
-    start = draw(st.integers(0, len(COURT) - 20))
-    return start, draw(st.integers(start + 16, len(COURT)))
+    start = draw(st.sampled_from([at for at in EDGES if at <= len(COURT) - 20]))
+    return start, draw(st.sampled_from([at for at in EDGES if at >= start + 16]))
 
 
 @given(slices(), st.randoms(use_true_random=False))
-def test_any_slice_however_disturbed_is_supported(span: tuple[int, int], rng: random.Random) -> None:
+def test_any_slice_of_whole_words_however_disturbed_is_supported(
+    span: tuple[int, int], rng: random.Random
+) -> None:
     original = COURT[span[0] : span[1]]
     quote = disturbed(original, rng)
     assume(len("".join(quote.split())) >= 12)
@@ -63,6 +72,58 @@ def test_any_slice_however_disturbed_is_supported(span: tuple[int, int], rng: ra
     visible = original.strip("\xad\u200b \t\n\u00a0")
     start = COURT.index(visible, span[0])
     assert (citation.span.start, citation.span.end) == (start, start + len(visible))
+
+
+@st.composite
+def cut_slices(draw: st.DrawFn) -> tuple[int, int]:
+    inside, length = draw(st.sampled_from(INSIDE)), draw(st.integers(30, 90))
+    return (inside, inside + length) if draw(st.booleans()) else (max(0, inside - length), inside)
+
+
+@given(cut_slices(), st.randoms(use_true_random=False))
+def test_a_slice_that_cuts_a_word_or_a_number_is_not_found(span: tuple[int, int], rng: random.Random) -> None:
+    original = COURT[span[0] : span[1]]
+    assume(not original.startswith(("-", "\n", "\xad", "\u200b")) and not original.endswith(("-", "\n")))
+    assert VERIFIER.verify(disturbed(original, rng), court.id).verdict == "not_found"
+
+
+RENT = (
+    "The rent is 11,500 dollars a month, due on 3.5.1934 at 12:30; "
+    "the tenant is unable to end the lease early."
+)
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [
+        "1,500 dollars a month",
+        "500 dollars a month, due on",
+        "able to end the lease early",
+        "The rent is 11,5",
+        "RENT is 11,500 dollars a month, due on 3",
+        "a month, due on 3.5.",
+        "34 at 12:30; the tenant is unable",
+        "due on 3.5.1934 at 12",
+        "the tenant is un",
+        "able to end the lease early. The rent is 11,500 dollars a month",  # no seam mends a cut word
+    ],
+)
+def test_a_part_of_a_number_or_of_a_word_says_something_else(quote: str) -> None:
+    assert Verifier([Document.of(RENT)]).verify(quote).verdict == "not_found"
+
+
+def test_a_whole_place_is_preferred_and_code_may_cut() -> None:
+    twice = Document.of(f"{RENT} It is 500 dollars a month.")
+    citation = Verifier([twice]).verify("500 dollars a month")
+    assert citation.verdict == "supported" and citation.span is not None
+    assert citation.span.start == twice.text.rindex("500")
+    inside = RENT.index("able to end")
+    assert Verifier([twice]).verify("able to end the lease early", near=inside).verdict == "supported"
+
+
+def test_scripts_without_gaps_have_no_edges() -> None:
+    text = "法院於五月三日裁定該合約無效而且不得上訴到最高法院"
+    assert Verifier([Document.of(text)]).verify(text[3:20]).verdict == "supported"
 
 
 @given(slices(), st.randoms(use_true_random=False))
@@ -79,7 +140,9 @@ def test_the_wrong_source_is_misattributed(span: tuple[int, int], rng: random.Ra
 def test_one_digit_changed_is_not_found(at: int, digit: int, before: int, after: int) -> None:
     at = next((i for i in range(at, len(COURT)) if COURT[i].isdigit()), COURT.index("3"))
     assume(COURT[at] != str(digit))
-    quote = COURT[max(0, at - before) : at] + str(digit) + COURT[at + 1 : at + after]
+    start = max(edge for edge in EDGES if edge <= max(0, at - before))
+    end = min(edge for edge in EDGES if edge >= min(len(COURT), at + after))
+    quote = COURT[start:at] + str(digit) + COURT[at + 1 : end]
     citation = VERIFIER.verify(quote, court.id)
     assert (citation.verdict, citation.span, citation.quote) == ("not_found", None, quote)
 

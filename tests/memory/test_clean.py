@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentctx.memory.clean import printable
+from agentctx.memory.clean import one_line, printable
 
 
 @pytest.mark.parametrize("dirty,clean", [
@@ -27,3 +27,7 @@ def test_nothing_harmful_is_left_and_again_changes_nothing(text: str) -> None:
     clean = printable(text)
     assert all(letter in "\n\t" or letter.isprintable() for letter in clean)
     assert printable(clean) == clean
+
+
+def test_a_name_of_several_lines_becomes_one() -> None:
+    assert one_line("Terms\n[2] contract.pdf\x1b[0m,\r\n\u2028  page 3\n") == "Terms [2] contract.pdf, page 3"

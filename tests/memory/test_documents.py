@@ -149,6 +149,19 @@ def test_names_are_those_a_user_knows(tmp_path: Path, monkeypatch: pytest.Monkey
     assert open_documents(["."]).documents[0].source == "notes/b.txt"
 
 
+def test_two_directories_with_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for project in "AB":
+        (tmp_path / project / "docs").mkdir(parents=True)
+        (tmp_path / project / "docs" / "a.txt").write_text(project)
+        (tmp_path / project / "docs" / "id_rsa").write_text(project)
+    monkeypatch.chdir(tmp_path)
+    corpus = open_documents(["A/docs", "B/docs", "A/docs/"])
+    assert [found.source for found in corpus.documents] == ["docs/a.txt", "B/docs/a.txt"]
+    assert [notice.source for notice in corpus.warnings][:2] == ["docs/id_rsa", "B/docs/id_rsa"]
+
+
 def test_hidden_files_that_are_named_are_read(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KEY=1")
     assert open_documents([tmp_path / ".env"]).documents[0].text == "KEY=1"

@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pypdf.constants import PageLabelStyle
 
+from agentctx.memory.blobs import Blobs
 from agentctx.memory.documents import Corpus, open_documents
 from agentctx.memory.errors import InputError
 from agentctx.memory.loaders import records
 from agentctx.memory.loaders.html import extract
+from agentctx.memory.loaders.isolation import Worker
+from agentctx.memory.loaders.load import load
 from agentctx.memory.loaders.parts import Part, join
 from agentctx.memory.types import Document, Locator
 
@@ -311,3 +314,35 @@ def test_joined_parts_keep_their_places_and_lose_only_lone_surrogates() -> None:
     text, locators = join(parts)
     assert text == "a\ufffdb\n\n\n\ncd"
     assert locators == (Locator(0, 3, "page", 1), Locator(5, 5, "page", 2), Locator(7, 9, "page", 3))
+
+
+def test_a_lone_surrogate_in_a_key_can_be_kept(tmp_path: Path) -> None:
+    found = document(tmp_path / "a.json", '{"\\ud800": 1, "b": 2}')
+    assert [at.value for at in found.locators] == ["\ufffd", "b"]
+    Blobs(tmp_path / "blobs").put_document(found)
+    assert Blobs(tmp_path / "blobs").get_document(found.id, found.source) == found
+
+
+def test_a_chapter_named_again_and_again_is_read_once(
+    tmp_path: Path, make_epub: Callable[..., bytes]
+) -> None:
+    source = zipfile.ZipFile(io.BytesIO(make_epub("<p>One.</p>", "<p>Two.</p>")))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(
+                name, source.read(name).replace(b'<itemref idref="c0"/>', b'<itemref idref="c0"/>' * 50)
+            )
+    assert document(tmp_path / "a.epub", file.getvalue()).text == "One.\n\nTwo."
+
+
+def test_text_beyond_the_limit_of_a_reader_is_left_out(
+    tmp_path: Path, make_epub: Callable[..., bytes]
+) -> None:
+    (tmp_path / "a.epub").write_bytes(make_epub(*(f"<p>{'word ' * 20}{n}.</p>" for n in range(9))))
+    with Worker(characters=250) as worker:
+        loaded = load(tmp_path / "a.epub", "a.epub", worker)
+        assert loaded.document.text.count("word") == 40
+        assert [notice.code for notice in loaded.notices] == ["too_large"]
+        (tmp_path / "b.html").write_text("<p>Still at work.</p>")
+        assert load(tmp_path / "b.html", "b.html", worker).document.text == "Still at work."

@@ -1,9 +1,14 @@
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pathspec.patterns.gitignore.base import GitIgnorePatternError
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 from agentctx.memory import gitignore
 from agentctx.memory.errors import ConfigError
@@ -40,6 +45,10 @@ PATTERNS = [
         "foo.*",
         "!bar.txt",
         "[z-a]",
+        "*o*o*",
+        "*b*a*r*.t*",
+        "a/**/b/**/*o*",
+        "**/f*o*/**/*.*",
     ),
 ]
 
@@ -89,6 +98,42 @@ def test_leaves_out_what_git_leaves_out(tmp_path: Path, seed: int) -> None:
         assert found == expected, rules
 
 
+GLOBS = st.lists(st.sampled_from(["*", "**", "/", "/**/", "a", "b", "?", "[ab]", "[!a]", "."]), max_size=9)
+PATHS = st.lists(st.text("ab.", min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(GLOBS, st.lists(PATHS, min_size=1, max_size=5))
+def test_settled_stars_fit_what_free_ones_fit(glob: list[str], paths: list[list[str]]) -> None:
+    try:
+        regex = GitIgnoreSpecPattern("".join(glob)).regex
+    except GitIgnorePatternError:
+        regex = None
+    assume(regex is not None)
+    assert regex is not None
+    settled = re.compile(gitignore._settled(regex.pattern))
+    for path in map("/".join, paths):
+        for probe in (path, path + "/"):
+            assert gitignore._fits(settled, path, probe) == gitignore._fits(regex, path, probe), (glob, probe)
+
+
+def test_many_stars_end_soon(tmp_path: Path) -> None:
+    """Tried in every place these would outlast the test."""
+    deep = "/".join(["a"] * 60)
+    write(tmp_path, "a" * 200, f"{deep}/c.txt")
+    write(tmp_path, ".gitignore", text="*a" * 30 + "*b\n" + "**/a/" * 20 + "b\n")
+    assert len(files(tmp_path)) == 2
+
+
+def test_rules_are_read_from_plain_files_of_a_sane_size(tmp_path: Path) -> None:
+    for name in ("pipe", "device", "large", "plain"):
+        write(tmp_path, f"{name}/a.log")
+    os.mkfifo(tmp_path / "pipe" / ".gitignore")
+    (tmp_path / "device" / ".gitignore").symlink_to("/dev/zero")
+    write(tmp_path, "large/.gitignore", text="*.log\n" * 200_000)
+    write(tmp_path, "plain/.gitignore", text="*.log\n")
+    assert files(tmp_path) == ["device/a.log", "large/a.log", "pipe/a.log"]
+
+
 def test_rules_of_the_repository_above_hold_too(tmp_path: Path) -> None:
     (tmp_path / ".git" / "info").mkdir(parents=True)
     (tmp_path / ".git" / "info" / "exclude").write_text("*.bak\n")
@@ -115,6 +160,22 @@ def test_hidden_files_and_secrets_stay_out(tmp_path: Path) -> None:
     assert [path.name for path in walk(tmp_path, Selection()).secrets] == ["id_rsa", "site.pem"]
 
 
+def test_a_link_does_not_show_what_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, ".git/config", ".aws/credentials", "tls/site.pem", "docs/a.txt")
+    for link, target in {
+        "config.txt": "../.git/config",
+        "repository": "../.git",
+        "more.txt": "../.aws/credentials",
+        "site.txt": "../tls/site.pem",
+    }.items():
+        (tmp_path / "docs" / link).symlink_to(target)
+    found = walk(tmp_path, Selection())
+    assert [path.name for path in found.files] == ["a.txt"]
+    assert (found.left_out, sorted(path.name for path in found.secrets)) == (4, ["site.pem", "site.txt"])
+    assert files(tmp_path, Selection(hidden=True)) == [".aws/credentials", "docs/a.txt"]
+    assert files(tmp_path / "docs") == ["a.txt"], "from below they lead out"
+
+
 def test_include_and_exclude(tmp_path: Path) -> None:
     write(tmp_path, "a.md", "a.txt", "docs/b.md", "docs/old/c.md", "src/d.py")
     assert files(tmp_path, Selection(include=("*.md",))) == ["a.md", "docs/b.md", "docs/old/c.md"]
@@ -124,7 +185,8 @@ def test_include_and_exclude(tmp_path: Path) -> None:
 
 def test_links_stay_inside_and_loops_end(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    write(root, "a.txt", "sub/b.txt", ".data/c.txt")
+    write(root, "a.txt", "sub/b.txt", ".data/c.txt", "build/d.txt", text="x")
+    write(root, ".gitignore", text="build/\n")
     write(tmp_path, "outside.txt")
     (root / "loop").symlink_to(root)
     (root / "sub" / "up").symlink_to(root / "sub")
@@ -132,9 +194,10 @@ def test_links_stay_inside_and_loops_end(tmp_path: Path) -> None:
     (root / "gone").symlink_to(root / "nothing")
     (root / "out").symlink_to(tmp_path / "outside.txt")
     (root / "again.txt").symlink_to(root / "a.txt")
-    (root / "current").symlink_to(root / ".data")
+    (root / "current").symlink_to(root / "build")
+    (root / "unseen").symlink_to(root / ".data")
     found = walk(root, Selection())
-    assert [str(path.relative_to(root)) for path in found.files] == ["a.txt", "current/c.txt", "sub/b.txt"]
+    assert [str(path.relative_to(root)) for path in found.files] == ["a.txt", "current/d.txt", "sub/b.txt"]
     assert {error.source: error.code for error in found.problems} == {
         "root/self": "not_found",
         "root/gone": "not_found",

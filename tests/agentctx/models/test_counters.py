@@ -22,6 +22,13 @@ TEXTS = {
     "emoji": "😀🎉👩‍🚀 fine " * 30,
     "blanks": "a   \t  b\n\n\n        c\n" * 40,
     "rules": "=" * 70 + "\n" + "-" * 70 + "\n",
+    "digits and blanks": " ".join(str(n % 10) for n in range(400)),
+    "table": "\n".join("\t".join(str((7 * row + cell) % 10) for cell in range(12)) for row in range(40)),
+    "two digits and blanks": " ".join(str(10 + n % 90) for n in range(300)),
+    "table of two digits": "\n".join(
+        "\t".join(str(10 + row + cell) for cell in range(9)) for row in range(40)
+    ),
+    "hex": " ".join(f"{n * 37 % 256:02x}" for n in range(300)),
     "base64": "aGVsbG8gd29ybGQgdGhpcyBpcyBhIHRlc3Q5ODc2NTQzMjE" * 20,
 }
 
