@@ -97,6 +97,26 @@ def placed(run: RunContext, claim: Mapping[str, Any], spans: Sequence[Span]) -> 
     return {**claim, "quotes": left, "spans": places}
 
 
+def at_home(
+    run: RunContext, made: Cut, reads: Mapping[str, str], points: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Merged points with the places of their quotes: in the read that quoted the same, or in any of `reads`."""
+    records = run.cache.get_many(list(reads.values()))
+    homes: dict[str, list[Span]] = {}
+    everywhere: list[Span] = []
+    for number in sorted(reads, key=int):
+        spans = [made.chunks[i].span for i in made.reads[int(number)].chunks]
+        everywhere += spans
+        for point in stated(records[reads[number]]) or ():
+            for quote in point["quotes"]:
+                homes.setdefault(quote, spans)
+    found = []
+    for point in points:
+        home = [span for quote in point["quotes"] for span in homes.get(quote, ())]
+        found.append(placed(run, placed(run, point, home), everywhere))
+    return found
+
+
 def spans_of(notes: Sequence[Note]) -> list[list[Any]]:
     """The notes' places as the state keeps them."""
     return [[s.document_id, s.start, s.end, note.confidence, "score"] for note in notes for s in note.spans]
@@ -176,10 +196,10 @@ def outline(
     left_out = 0
     if run.scope.profile.writes:
         for number, (name, group) in enumerate(zip(made.parts, groups, strict=True)):
-            mine = made.chunks_of(n for n in map(int, reads) if made.reads[n].part == number)
-            spans = [made.chunks[i].span for i in sorted(mine)]
-            for data in run.cache.get_many(list(group)).values():
-                points += [{**placed(run, point, spans), "part": name} for point in data["points"]]
+            mine = {n: key for n, key in reads.items() if made.reads[int(n)].part == number}
+            records = run.cache.get_many(list(group)).values()
+            merged = at_home(run, made, mine, [point for data in records for point in data["points"]])
+            points += [{**point, "part": name} for point in merged]
     else:
         notes = notes_of(run, made, reads)
         left_out = max(0, len(notes) - MAX_POINTS)

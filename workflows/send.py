@@ -154,13 +154,14 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
                 soon()
             try:
                 reply = await _invoke(run, role, messages, attempt)
+                return reply.model_copy(update={"content": without_surrogates(reply.content)})
             except (AgentctxError, TimeoutError):
                 raise
             # The one door to chat models of others: what they may raise cannot be listed, and one failed
             # call must not end a run.
             except Exception as foreign:
-                raise ModelError(f"{type(foreign).__name__}: {foreign}"[:500]) from foreign
-    return reply.model_copy(update={"content": without_surrogates(reply.content)})
+                said = without_surrogates(f"{type(foreign).__name__}: {foreign}"[:500])
+                raise ModelError(said) from foreign
 
 
 def without_surrogates(value: T) -> T:

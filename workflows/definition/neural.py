@@ -19,6 +19,7 @@ from agentctx.workflows.notes import (
     MAX_POINTS,
     Merged,
     Note,
+    at_home,
     best_first,
     keep_record,
     merge_level,
@@ -178,15 +179,12 @@ def _reduce(site: Site) -> Step:
 
 def _placed(
     run: RunContext, site: Site, values: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The points with the places of their quotes, looked for first in what the node's records read."""
-    spans = []
+) -> Sequence[Mapping[str, Any]]:
+    """The merged points with the places of their quotes in what the node's records read."""
     for port in site.ports:
         if port.origin:
-            made = cut_of(port.origin, run.scope)
-            chunks = made.chunks_of(map(int, values.get(port.key, {})))
-            spans += [made.chunks[i].span for i in sorted(chunks)]
-    return [placed(run, point, spans) for point in points]
+            points = at_home(run, cut_of(port.origin, run.scope), values.get(port.key, {}), points)
+    return points
 
 
 def _order(record: Mapping[str, str]) -> list[str]:

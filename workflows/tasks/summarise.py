@@ -45,7 +45,8 @@ class Summarise(Pipeline):
         """One level of the trees, all parts at once; at the top the parts' points become the draft."""
         done = state.get("reads", {})
         groups = state["groups"] if "groups" in state else _by_part(made, done)
-        lost, update = state.get("not_forwarded", 0), dict[str, Any]()
+        lost = state.get("not_forwarded", 0)
+        update: dict[str, Any] = {}
         if run.scope.profile.writes and any(len(group) > 1 for group in groups):
             fan_in = merge_width(run.scope, self.fan_in)
             merged = await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups))
