@@ -100,7 +100,7 @@ def placed(run: RunContext, claim: Mapping[str, Any], spans: Sequence[Span]) -> 
 def at_home(
     run: RunContext, made: Cut, reads: Mapping[str, str], points: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Merged points with the places of their quotes: in the read that quoted the same, or in any of `reads`."""
+    """Merged points with the places of their quotes: in the read that quoted the same, or in any of these."""
     records = run.cache.get_many(list(reads.values()))
     homes: dict[str, list[Span]] = {}
     everywhere: list[Span] = []

@@ -44,7 +44,12 @@ def reader(wanted, quote):
         found = any(quote in text and (final or wanted in text) for text in texts)
         claims = [{"text": "500 euros", "quotes": [quote]}] if found else []
         if '"label"' in system:
-            return {"label": LABELS[0], "quotes": [quote] * found, "confidence": 3, "no_information": not found}
+            return {
+                "label": LABELS[0],
+                "quotes": [quote] * found,
+                "confidence": 3,
+                "no_information": not found,
+            }
         if '"add"' in system:
             return {"add": claims}
         for name in ("facts", "points"):
