@@ -37,27 +37,37 @@ class Verifier:
         self._texts = {document.id: _Text(document) for document in documents}
 
     def verify(
-        self, quote: str, cited_id: str | None = None, claim: str = "", *, near: int | None = None
+        self,
+        quote: str,
+        cited_id: str | None = None,
+        claim: str = "",
+        *,
+        near: int | None = None,
+        shown: Sequence[Span] = (),
     ) -> Citation:
         """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
 
         Of several places the one closest to the offset `near` is taken, or the first. One that starts at
-        `near` was chosen by code, and may cut a word.
+        `near` was chosen by code, and may cut a word. `shown`: what its writer was shown; a place inside one
+        of these goes before all others, even if only a looser comparison finds it, and one elsewhere in their
+        documents before those in other documents.
 
         `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
         place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
         cover it; the citation gives the first fragment's span and all fragments' text, and `fragments` gives
         every span. `not_found`: neither; the quote is then the caller's own.
         """
-        cited = [self._texts[cited_id]] if cited_id in self._texts else []
-        others = [text for text in self._texts.values() if text not in cited]
-        for texts in (cited, others):
-            if found := _first(texts, quote, near):
-                verdict: Verdict = "supported" if cited_id is None or texts is cited else "misattributed"
+        first = dict.fromkeys([cited_id] if cited_id is not None else (span.document_id for span in shown))
+        cited = [self._texts[name] for name in first if name in self._texts]
+        others = [text for name, text in self._texts.items() if name not in first]
+        for texts, inside in ((cited if shown else [], shown), (cited, ()), (others, ())):
+            if found := _first(texts, quote, near, inside):
+                verdict: Verdict = "supported" if cited_id is None or texts is not others else "misattributed"
                 return self._citation([found], verdict, claim)
         if spans := self.fragments(quote, cited_id):
             return self._citation(spans, "stitched", claim)
-        return Citation(cited[0].document.source if cited else "", None, quote, "not_found", claim=claim)
+        source = self._texts[cited_id].document.source if cited_id in self._texts else ""
+        return Citation(source, None, quote, "not_found", claim=claim)
 
     def fragments(self, quote: str, cited_id: str | None = None) -> list[Span]:
         """At most four spans of one document that cover `quote` word by word; none if there are no such.
@@ -132,8 +142,11 @@ class _Text:
         return Span(self.document.id, start, end)
 
 
-def _first(texts: Sequence[_Text], quote: str, near: int | None) -> Span | None:
-    """The place of the quote by the strictest comparison that finds one: the first, or the closest."""
+def _first(texts: Sequence[_Text], quote: str, near: int | None, inside: Sequence[Span] = ()) -> Span | None:
+    """The place of the quote by the strictest comparison that finds one: the first, or the closest.
+
+    Only places inside one of the spans `inside`, if there are any.
+    """
     wrapped = quote.strip(_WRAPPING).removesuffix("...").removeprefix("...")
     comparisons: tuple[Callable[[_Text, str], Iterator[Span]], ...] = (
         _Text.exact,
@@ -144,11 +157,10 @@ def _first(texts: Sequence[_Text], quote: str, near: int | None) -> Span | None:
         long_enough = len("".join(wanted.split())) >= LEAST
         for compare in comparisons:
             for text in texts:
-                spans = (
-                    span
-                    for span in compare(text, wanted)
-                    if (long_enough or text.is_unit(span)) and (span.start == near or text.is_whole(span))
-                )
+                spans = (span for span in compare(text, wanted) if long_enough or text.is_unit(span))
+                spans = (span for span in spans if span.start == near or text.is_whole(span))
+                if inside:
+                    spans = (span for span in spans if any(_holds(one, span) for one in inside))
                 if near is None:
                     found = next(spans, None)
                 else:
@@ -156,6 +168,10 @@ def _first(texts: Sequence[_Text], quote: str, near: int | None) -> Span | None:
                 if found:
                     return found
     return None
+
+
+def _holds(outer: Span, inner: Span) -> bool:
+    return outer.document_id == inner.document_id and outer.start <= inner.start and inner.end <= outer.end
 
 
 def _occurrences(text: str, wanted: str) -> Iterator[int]:

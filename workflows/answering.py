@@ -19,6 +19,7 @@ from agentctx.workflows import cost
 from agentctx.workflows.call import ask
 from agentctx.workflows.grounding import supports
 from agentctx.workflows.meter import MeteredReader, Refused
+from agentctx.workflows.notes import Note, keep_record, places_of
 from agentctx.workflows.pick import pick, pick_cost
 from agentctx.workflows.roles import ANSWER, SHORT_ANSWER, Role
 from agentctx.workflows.run import RunContext
@@ -27,11 +28,12 @@ from agentctx.workflows.scope import Scope
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text to answer from. Without a span it is a collection of quotes, not one place."""
+    """A stretch of text to answer from: the one at `span`, or words of the sources that stand at `quoted`."""
 
     label: str
     text: str
     span: Span | None = None
+    quoted: tuple[Span, ...] = ()
 
 
 def answer_role(scope: Scope) -> Role:
@@ -49,6 +51,27 @@ def answer_input(scope: Scope, pieces: Sequence[Piece], role: Role | None = None
     role = role or answer_role(scope)
     messages = role.render(scope.task.question, _shown(pieces), scope.tag)
     return scope.prompt_tokens(messages), role.max_output
+
+
+def pieces_of(scope: Scope, notes: Sequence[Note]) -> list[Piece]:
+    """The notes' quotes as pieces to answer from, one a note, as many as the window surely takes.
+
+    Each is counted with its delimiters, and raised, as tokens of joined texts may exceed the sum of theirs.
+    """
+    pieces: list[Piece] = []
+    bare, output = answer_input(scope, [])
+    frames: dict[str, int] = {}
+    room = scope.profile.window - output - bare
+    for note in notes:
+        label = scope.label(note.spans[0])
+        text = "\n".join(scope.text(span) for span in note.spans)
+        if label not in frames:
+            frames[label] = answer_input(scope, [Piece(label, "")])[0] - bare
+        room -= (scope.text_tokens(text) + frames[label]) * 5 // 4
+        if room < 0 and pieces:
+            break
+        pieces.append(Piece(label, text, quoted=note.spans))
+    return pieces
 
 
 def direct_plan(scope: Scope, name: str = "direct", role: Role | None = None) -> Plan:
@@ -88,6 +111,8 @@ async def answer_pieces(
     update: dict[str, Any] = {}
     if isinstance(result, Failure):
         update["failures"] = {"answer": asdict(result)}
+    elif "claims" in result.data:
+        update["draft"] = keep_record(run, "answer", {**result.data, "shown": _places(pieces)})
     else:
         update["draft"] = result.id
     if not run.scope.profile.writes:
@@ -114,6 +139,12 @@ async def _spans(run: RunContext, pieces: Sequence[Piece], answer: str) -> list[
             [span.document_id, span.start + chosen.start, span.start + chosen.end, chosen.score, "score"]
         )
     return spans
+
+
+def _places(pieces: Sequence[Piece]) -> list[list[Any]]:
+    """Where the words stand that the pieces show, each place once."""
+    spans = (span for piece in pieces for span in ((piece.span,) if piece.span else piece.quoted))
+    return places_of(dict.fromkeys(spans))
 
 
 def is_grounded(run: RunContext, update: dict[str, Any]) -> bool:

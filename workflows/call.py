@@ -26,10 +26,12 @@ from agentctx.workflows.halves import Pieces, halves
 from agentctx.workflows.ports import CALL, SOURCES
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
-from agentctx.workflows.send import Attempt, attempt_call
+from agentctx.workflows.send import Attempt, attempt_call, without_surrogates
 from agentctx.workflows.state import Record
 
 MAX_RETRIES = 2  # per call, out of the run's pool
+CUT_OFF = "cut_off"  # the mark of a record of which only the complete entries are known, and its warning
+DECODER = json.JSONDecoder(strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ async def ask(
             if cached is not None:
                 run.cached += 1
                 run.trace.emit("cache.hit", role=role.name, key=key)
-                return Record(key, role.name, cached)
+                return _told(run, Record(key, role.name, cached))
             if key not in run.inflight:
                 by = model or run.model
                 work = _attempts(run, role, question, pieces, key, by, finishing=finishing, stream=stream)
@@ -101,7 +103,15 @@ async def ask(
             result = await _in_halves(run, role, pieces, key, result, again)
         if isinstance(result, Failure):
             run.trace.emit("failure", role=role.name, kind=result.kind, message=result.message)
-        return result
+            return result
+        return _told(run, result)
+
+
+def _told(run: RunContext, record: Record) -> Record:
+    """The record; if a part of it is missing, the run says so, whoever paid for it."""
+    if record.data.get(CUT_OFF):
+        run.warn(CUT_OFF, f"replies as {record.role} were cut off: only their complete entries are used")
+    return record
 
 
 async def _in_halves(
@@ -131,7 +141,10 @@ async def _in_halves(
     failed = next((one for one in found if isinstance(one, Failure)), None)
     if failed:
         return failed
-    data = role.schema.joined([one.data for one in found if isinstance(one, Record)])
+    halved = [one.data for one in found if isinstance(one, Record)]
+    data = role.schema.joined(halved)
+    if any(half.get(CUT_OFF) for half in halved):
+        data[CUT_OFF] = True
     run.cache.put(key, data)
     return Record(key, role.name, data)
 
@@ -156,10 +169,12 @@ async def _attempts(
     tokens = run.scope.prompt_tokens(messages)
     context = run.scope.profile.context
     terms = _terms.get()
-    repaired = False
+    repaired, problem = False, ""
     number = 0
     while True:
         if tokens + role.max_output > context:
+            if repaired:  # what is too long is the reply, not the text: halves of that would not help
+                return Failure("parse", problem, attempt=number)
             return Failure(
                 "overflow",
                 f"the prompt has {tokens:,} tokens and the reply up to {role.max_output:,}; "
@@ -176,6 +191,7 @@ async def _attempts(
             return result
         data, problem = parse(role, str(result.text))
         if data is not None:
+            data = without_surrogates(data)  # which JSON may spell out
             run.cache.put(key, data)
             return Record(key, role.name, data)
         if repaired or not run.take_retry():
@@ -197,17 +213,20 @@ def _sources(run: RunContext, pieces: Pieces) -> Set[str]:
 
 
 def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:
-    """The reply as its role's schema wants it, or None and what is wrong with it."""
+    """The reply as its role's schema wants it, or None and what is wrong with it.
+
+    Of a reply that breaks off, the complete entries, marked `CUT_OFF`.
+    """
     if role.schema is None:
         return {"text": role.clean(text)}, ""
     start = text.find("{")
     if start < 0:
         return None, "The reply holds no JSON object."
     try:
-        value, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
-    except json.JSONDecodeError as error:
+        value, _ = DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
         salvaged = _salvage(role.schema, text[start:])
-        return salvaged, "" if salvaged else f"The reply is not valid JSON: {error.msg}."
+        return salvaged, "" if salvaged else f"The reply is not valid JSON: {error}."
     try:
         return role.schema.model_validate(value).model_dump(), ""
     except ValidationError as error:
@@ -218,7 +237,7 @@ def parse(role: Role, text: str) -> tuple[dict[str, Any] | None, str]:
 
 def _salvage(schema: type[Reply], text: str) -> dict[str, Any] | None:
     """The complete items of a list that was cut off at the output limit, if the rest is valid with them."""
-    decoder = json.JSONDecoder(strict=False)
+    entries: dict[str, list[Any]] = {}
     for name, info in schema.model_fields.items():
         if not (info.annotation and "list" in str(info.annotation)):
             continue
@@ -229,16 +248,16 @@ def _salvage(schema: type[Reply], text: str) -> dict[str, Any] | None:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1
             try:
-                item, at = decoder.raw_decode(text, at)
-            except json.JSONDecodeError:
+                item, at = DECODER.raw_decode(text, at)
+            except (ValueError, RecursionError):
                 break
             items.append(item)
         if items:
-            try:
-                return schema.model_validate({name: items}).model_dump()
-            except ValidationError:
-                return None
-    return None
+            entries[name] = items
+    try:
+        return {**schema.model_validate(entries).model_dump(), CUT_OFF: True} if entries else None
+    except ValidationError:
+        return None
 
 
 def _digest(text: str) -> str:

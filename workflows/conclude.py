@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from agentctx.memory.citations import Verifier
 from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Answer, Chunk, Citation, Coverage, Span, Status
+from agentctx.workflows.call import CUT_OFF
 from agentctx.workflows.grounding import supported_part
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -50,7 +51,8 @@ async def conclude(run: RunContext, state: State, covered: Covered, strategy: st
     for failure in failures.values():
         run.warn(f"failed_{failure['kind']}", failure["message"])
     wound = run.stopped_because
-    status = _status(bool(wound or failures), bool(supported or (text and text != NO_ANSWER)))
+    cut_off = any(warning.code == CUT_OFF for warning in run.warnings)
+    status = _status(bool(wound or failures or cut_off), bool(supported or (text and text != NO_ANSWER)))
     answer = Answer(
         text=text,
         citations=tuple(citations),
@@ -105,12 +107,14 @@ def _verified(
     return _from_spans(scope, verifier, spans), _from_claims(scope, verifier, draft)
 
 
-def _from_spans(scope: Scope, verifier: Verifier, spans: Sequence[Sequence[Any]]) -> list[Citation]:
+def _from_spans(
+    scope: Scope, verifier: Verifier, spans: Sequence[Sequence[Any]], claim: str = ""
+) -> list[Citation]:
     """Citations of spans that code chose: the quote is cut from the source, then verified all the same."""
     citations = []
     for document_id, start, end, *_ in spans:
         quote = scope.documents[document_id].text[start:end]
-        citations.append(verifier.verify(quote, document_id, near=start))
+        citations.append(verifier.verify(quote, document_id, claim, near=start))
     return citations
 
 
@@ -119,11 +123,15 @@ def _claims(draft: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _from_claims(scope: Scope, verifier: Verifier, draft: dict[str, Any]) -> list[list[Citation]]:
-    """Per claim, the citations of the quotes that a model copied for it, or of the spans that code chose."""
+    """Per claim, the citations of the quotes that a model copied for it, or of the spans that code chose.
+
+    A quote is looked for first where its writer was shown it: other texts may hold the same words.
+    """
+    shown = [Span(*place) for place in draft.get("shown", [])]
     return [
         [
-            *(verifier.verify(quote, claim=claim["text"]) for quote in claim["quotes"]),
-            *_from_spans(scope, verifier, claim.get("spans", [])),
+            *(verifier.verify(quote, claim=claim["text"], shown=shown) for quote in claim["quotes"]),
+            *_from_spans(scope, verifier, claim.get("spans", []), claim["text"]),
         ]
         for claim in _claims(draft)
     ]

@@ -32,5 +32,13 @@ def _tag(secret: bytes, number: int) -> str:
 
 def fenced(text: str, tag: str, label: str) -> str:
     """The text between delimiters; `label` names it and is cleaned, for file names are data too."""
-    name = "".join(c if c.isprintable() and c not in '<>"' else " " for c in label)[:120]
-    return f'<text-{tag} name="{name}">\n{text}\n</text-{tag}>'
+    name = "".join(c if c.isprintable() and c not in '<>"' else " " for c in untagged(label, tag))[:120]
+    return f'<text-{tag} name="{name}">\n{untagged(text, tag)}\n</text-{tag}>'
+
+
+def untagged(text: str, tag: str) -> str:
+    """The text without the tag, which no document holds, but what a model wrote of one may: it saw it.
+
+    A mark takes its place, because what stood around it could be the tag once more.
+    """
+    return text.replace(tag, "#")

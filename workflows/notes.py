@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from agentctx.memory.citations import Verifier
 from agentctx.memory.lexical import Lexical
 from agentctx.memory.sentences import sentences
 from agentctx.memory.types import Span
-from agentctx.workflows.answering import Piece, answer_input
 from agentctx.workflows.cache import call_key
 from agentctx.workflows.call import ask
 from agentctx.workflows.cut import Cut
@@ -76,25 +76,45 @@ def best_first(notes: Sequence[Note]) -> list[Note]:
     return sorted(notes, key=lambda note: -note.confidence)
 
 
-def pieces_of(scope: Scope, notes: Sequence[Note]) -> list[Piece]:
-    """The notes' quotes as pieces to answer from, one a note, as many as the window surely takes.
+def places_of(spans: Iterable[Span]) -> list[list[Any]]:
+    """Spans as a record or the state keeps them."""
+    return [[span.document_id, span.start, span.end] for span in spans]
 
-    Each is counted with its delimiters, and raised, as tokens of joined texts may exceed the sum of theirs.
-    """
-    pieces: list[Piece] = []
-    bare, output = answer_input(scope, [])
-    frames: dict[str, int] = {}
-    room = scope.profile.window - output - bare
-    for note in notes:
-        label = scope.label(note.spans[0])
-        text = "\n".join(scope.text(span) for span in note.spans)
-        if label not in frames:
-            frames[label] = answer_input(scope, [Piece(label, "")])[0] - bare
-        room -= (scope.text_tokens(text) + frames[label]) * 5 // 4
-        if room < 0 and pieces:
-            break
-        pieces.append(Piece(label, text))
-    return pieces
+
+def point_of(note: Note, part: str = "") -> dict[str, Any]:
+    """A note as a point of a draft, at the very places where it stands: the words may occur elsewhere too."""
+    return {"text": note.text, "quotes": [], "spans": places_of(note.spans), "part": part}
+
+
+def placed(run: RunContext, claim: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, Any]:
+    """The claim with the places of those quotes that are in the documents of `spans`, and the rest."""
+    places = list(claim.get("spans", ()))
+    left = []
+    for quote in claim["quotes"]:
+        found = places_of(verified(run, [quote], spans))
+        places += found
+        left += [] if found else [quote]
+    return {**claim, "quotes": left, "spans": places}
+
+
+def at_home(
+    run: RunContext, made: Cut, reads: Mapping[str, str], points: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Merged points with the places of their quotes: in the read that quoted the same, or in any of these."""
+    records = run.cache.get_many(list(reads.values()))
+    homes: dict[str, list[Span]] = {}
+    everywhere: list[Span] = []
+    for number in sorted(reads, key=int):
+        spans = [made.chunks[i].span for i in made.reads[int(number)].chunks]
+        everywhere += spans
+        for point in stated(records[reads[number]]) or ():
+            for quote in point["quotes"]:
+                homes.setdefault(quote, spans)
+    found = []
+    for point in points:
+        home = [span for quote in point["quotes"] for span in homes.get(quote, ())]
+        found.append(placed(run, placed(run, point, home), everywhere))
+    return found
 
 
 def spans_of(notes: Sequence[Note]) -> list[list[Any]]:
@@ -102,36 +122,67 @@ def spans_of(notes: Sequence[Note]) -> list[list[Any]]:
     return [[s.document_id, s.start, s.end, note.confidence, "score"] for note in notes for s in note.spans]
 
 
-async def merge_level(run: RunContext, group: Sequence[str], fan_in: int) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The records of a level of a tree of merges, and what went wrong below: points left out, failures."""
+
+    records: list[str]
+    left_out: int = 0
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+async def merge_level(run: RunContext, group: Sequence[str], fan_in: int) -> Merged:
     """Merge neighbours, at most `fan_in` at a time; a merge that fails is replaced by joining, by code."""
     if len(group) < 2:
-        return list(group)
+        return Merged(list(group))
     size = -(-len(group) // -(-len(group) // fan_in))
     batches = [list(group[at : at + size]) for at in range(0, len(group), size)]
-    return list(await asyncio.gather(*(_merge(run, batch) for batch in batches)))
+    return side_by_side(await asyncio.gather(*(_merge(run, batch) for batch in batches)))
 
 
-async def _merge(run: RunContext, batch: Sequence[str]) -> str:
+def side_by_side(merged: Iterable[Merged]) -> Merged:
+    """Several merges as one."""
+    merged = list(merged)
+    failures = {key: failure for one in merged for key, failure in one.failures.items()}
+    records = [record for one in merged for record in one.records]
+    return Merged(records, sum(one.left_out for one in merged), failures)
+
+
+async def _merge(run: RunContext, batch: Sequence[str]) -> Merged:
     if len(batch) == 1:
-        return batch[0]
+        return Merged(list(batch))
     records = run.cache.get_many(list(batch))
-    pieces = [
-        (f"notes {n}", _fitted(run.scope, stated(records[key]) or ())) for n, key in enumerate(batch, 1)
-    ]
+    lists = [stated(records[key]) or [] for key in batch]
+    shown = [_fitted(run.scope, points) for points in lists]
+    pieces = [(f"notes {n}", "\n".join(lines)) for n, lines in enumerate(shown, 1)]
     result = await ask(run, run.scope.role(MERGE), run.scope.task.question, pieces, finishing=True)
+    found = sum(map(len, lists))
     if isinstance(result, Record):
-        return result.id
-    run.warn("merge_failed", f"a merge failed ({result.message}); its notes were joined unmerged")
-    points = [point for key in batch for point in stated(records[key]) or ()]
-    return keep_record(run, "joined", {"points": points[:MAX_POINTS], "no_information": not points})
+        return Merged([result.id], found - sum(map(len, shown)))
+    points = _spread(lists, MAX_POINTS)
+    left_out = found - len(points)
+    said = f"{left_out} of its {found} points were left out" if left_out else "its points were joined"
+    run.warn("merge_failed", f"a merge failed ({result.message}); {said}")
+    key = keep_record(run, "joined", {"points": points, "no_information": not points})
+    return Merged([key], left_out, {"merge": asdict(result)})
 
 
-def _fitted(scope: Scope, points: Sequence[Mapping[str, Any]]) -> str:
-    """The points as text of at most one record's tokens; the last ones leave whole, never half a quote."""
+def _spread(lists: Sequence[Sequence[Any]], most: int) -> list[Any]:
+    """At most `most` of all: the first of each list, then the second; of a row that is too long, evenly."""
+    chosen: list[Any] = []
+    for row in zip_longest(*lists):
+        there = [one for one in row if one is not None]
+        room = most - len(chosen)
+        chosen += there if len(there) <= room else [there[at * len(there) // room] for at in range(room)]
+    return chosen
+
+
+def _fitted(scope: Scope, points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The points as texts of at most one record's tokens; the last ones leave whole, never half a quote."""
     lines = [point["text"] + "".join(f'\n  "{quote}"' for quote in point["quotes"]) for point in points]
     while len(lines) > 1 and scope.text_tokens("\n".join(lines)) > scope.role(SUMMARISE).max_output:
         lines.pop()
-    return "\n".join(lines)
+    return lines
 
 
 def outline(
@@ -144,16 +195,15 @@ def outline(
     points: list[dict[str, Any]] = []
     left_out = 0
     if run.scope.profile.writes:
-        for name, group in zip(made.parts, groups, strict=True):
-            for data in run.cache.get_many(list(group)).values():
-                points += [{**point, "part": name} for point in data["points"]]
+        for number, (name, group) in enumerate(zip(made.parts, groups, strict=True)):
+            mine = {n: key for n, key in reads.items() if made.reads[int(n)].part == number}
+            records = run.cache.get_many(list(group)).values()
+            merged = at_home(run, made, mine, [point for data in records for point in data["points"]])
+            points += [{**point, "part": name} for point in merged]
     else:
         notes = notes_of(run, made, reads)
         left_out = max(0, len(notes) - MAX_POINTS)
-        for note in _central(notes):
-            part = made.parts[made.reads[note.read].part]
-            quotes = [run.scope.text(span) for span in note.spans]
-            points.append({"text": note.text, "quotes": quotes, "part": part})
+        points = [point_of(n, made.parts[made.reads[n.read].part]) for n in _central(notes)]
     return keep_record(run, "outline", {"points": points, "no_information": not points}), left_out
 
 
@@ -170,17 +220,12 @@ def keep_record(run: RunContext, role: str, data: dict[str, Any]) -> str:
 
 
 def verified(run: RunContext, quotes: Iterable[str], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Where those quotes stand that are in the documents that were read."""
+    """Where those quotes stand that are in the documents of `spans`: inside these, if they are there."""
     documents = run.scope.documents
     verifier = run.scope.keep("verifier", lambda: Verifier(list(documents.values())))
-    kept = []
-    for quote in quotes:
-        for document_id in dict.fromkeys(span.document_id for span in spans):
-            citation = verifier.verify(quote, document_id)
-            if citation.verdict == "supported" and citation.span:
-                kept.append(citation.span)
-                break
-    return tuple(kept)
+    read = {span.document_id for span in spans}
+    found = [verifier.verify(quote, shown=spans) for quote in quotes]
+    return tuple(c.span for c in found if c.verdict == "supported" and c.span and c.span.document_id in read)
 
 
 def _claims_of_text(scope: Scope, text: str, spans: Sequence[Span]) -> list[dict[str, Any]]:

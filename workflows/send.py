@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.utils import message_chunk_to_message
 
-from agentctx.memory.errors import ModelError
+from agentctx.memory.errors import AgentctxError, ModelError
 from agentctx.memory.types import Cost, Failure, FailureKind, LeftOut
 from agentctx.workflows.cache import call_key
 from agentctx.workflows.roles import Role
 from agentctx.workflows.run import RunContext
 
+T = TypeVar("T")
 TIMEOUT = 600.0  # seconds for one call when the run has no time limit
 LONGEST_WAIT = 60.0  # seconds; an endpoint that asks for more is not waited for
 _KINDS: dict[str, FailureKind] = {
@@ -150,7 +152,26 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
         with run.stop.heard(soon):
             if run.stop.reason:
                 soon()
-            return await _invoke(run, role, messages, attempt)
+            try:
+                reply = await _invoke(run, role, messages, attempt)
+                return reply.model_copy(update={"content": without_surrogates(reply.content)})
+            except (AgentctxError, TimeoutError):
+                raise
+            # The one door to chat models of others: what they may raise cannot be listed, and one failed
+            # call must not end a run.
+            except Exception as foreign:
+                said = without_surrogates(f"{type(foreign).__name__}: {foreign}"[:500])
+                raise ModelError(said) from foreign
+
+
+def without_surrogates(value: T) -> T:
+    """Text, or JSON, whose characters are whole: half of one can be neither stored nor sent.
+
+    Halves that stand side by side, as a stream may cut them, are one character; others become a mark.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    whole: T = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return whole
 
 
 async def _invoke(
@@ -161,7 +182,7 @@ async def _invoke(
         return reply if isinstance(reply, AIMessage) else AIMessage(str(reply.text))
     whole = None
     async for chunk in attempt.model.astream(list(messages), max_tokens=role.max_output):
-        run.trace.emit("token", text=str(chunk.text))
+        run.trace.emit("token", text=without_surrogates(str(chunk.text)))
         whole = chunk if whole is None else whole + chunk
     if whole is None:
         raise ModelError("the model's stream held nothing", code="malformed")

@@ -11,21 +11,24 @@ from pydantic import Field
 
 from agentctx.memory.types import Failure, Span, Stage
 from agentctx.workflows import cost
-from agentctx.workflows.answering import Piece, answer_input, answer_pieces, answer_role
+from agentctx.workflows.answering import Piece, answer_input, answer_pieces, answer_role, pieces_of
 from agentctx.workflows.call import ask
 from agentctx.workflows.definition.schema import Form
 from agentctx.workflows.definition.site import Asked, NodeType, Result, Site, Step, cut_of, prompts
 from agentctx.workflows.notes import (
     MAX_POINTS,
+    Merged,
     Note,
+    at_home,
     best_first,
     keep_record,
     merge_level,
     no_information,
     notes_of,
-    pieces_of,
+    placed,
+    point_of,
+    side_by_side,
     stated,
-    verified,
 )
 from agentctx.workflows.pick import pick_cost
 from agentctx.workflows.profile import Tier
@@ -128,8 +131,10 @@ def notes_read(run: RunContext, site: Site, values: Mapping[str, Any]) -> list[N
             notes += notes_of(run, cut_of(port.origin, run.scope), value)
             continue
         data = run.cache.get(value["draft"]) or {}
+        shown = [Span(*place) for place in data.get("shown", ())]
         for claim in stated(data) or ():
-            if places := verified(run, claim["quotes"], everywhere):
+            found = placed(run, placed(run, claim, shown), everywhere)["spans"]
+            if places := tuple(Span(*place) for place in found):
                 notes.append(Note(-1 - number, claim["text"], places, 0))
         if "text" in data and "claims" not in data and value["spans"]:
             spans = tuple(Span(*span[:3]) for span in value["spans"])
@@ -155,19 +160,31 @@ def _reduce(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         if not run.scope.profile.writes:
             notes = await asyncio.to_thread(notes_read, run, site, values)
-            points = [
-                {"text": n.text, "quotes": [run.scope.text(s) for s in n.spans]} for n in notes[:MAX_POINTS]
-            ]
+            points = [point_of(note) for note in notes[:MAX_POINTS]]
             return Result(_points(run, points), not_forwarded=max(0, len(notes) - MAX_POINTS))
         group = [
             record[n] for port in site.ports for record in [values.get(port.key, {})] for n in _order(record)
         ]
-        while len(group) > 1:
-            group = await merge_level(run, group, merge_width(run.scope, _fan_in(site)))
-        data = run.cache.get(group[0]) if group else None
-        return Result(_points(run, stated(data or {}) or []))
+        levels = [Merged(group)]
+        while len(levels[-1].records) > 1:
+            width = merge_width(run.scope, _fan_in(site))
+            levels.append(await merge_level(run, levels[-1].records, width))
+        data = run.cache.get(levels[-1].records[0]) if group else None
+        below = side_by_side(levels)
+        points = await asyncio.to_thread(_placed, run, site, values, stated(data or {}) or [])
+        return Result(_points(run, points), below.failures, below.left_out)
 
     return step
+
+
+def _placed(
+    run: RunContext, site: Site, values: Mapping[str, Any], points: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The merged points with the places of their quotes in what the node's records read."""
+    for port in site.ports:
+        if port.origin:
+            points = at_home(run, cut_of(port.origin, run.scope), values.get(port.key, {}), points)
+    return points
 
 
 def _order(record: Mapping[str, str]) -> list[str]:
@@ -175,7 +192,7 @@ def _order(record: Mapping[str, str]) -> list[str]:
 
 
 def _points(run: RunContext, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    kept = [{"text": point["text"], "quotes": list(point["quotes"])} for point in points]
+    kept = [{name: point[name] for name in ("text", "quotes", "spans")} for point in points]
     return draft(keep_record(run, "points", {"points": kept, "no_information": not kept}))
 
 
@@ -262,7 +279,10 @@ async def _from_chunks(run: RunContext, site: Site, values: Mapping[str, Any]) -
         return Result(draft(no_information(run)))
     order = {document: n for n, document in enumerate(run.scope.documents)}
     pieces.sort(key=lambda piece: (order[piece.span.document_id], piece.span.start) if piece.span else (0, 0))
-    return replace(_result(run, await answer_pieces(run, pieces)), shown=shown)
+    result = _result(run, await answer_pieces(run, pieces))
+    # What was sent in a call that failed was not read.
+    failed = {str(number): failure for failure in result.failures.values() for number in shown}
+    return replace(result, failures=failed) if failed else replace(result, shown=shown)
 
 
 def _result(run: RunContext, update: Mapping[str, Any]) -> Result:

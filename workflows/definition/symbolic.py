@@ -17,7 +17,7 @@ from agentctx.workflows.definition.neural import draft, notes_read
 from agentctx.workflows.definition.schema import Form
 from agentctx.workflows.definition.site import NodeType, Result, Site, Step, cut_of
 from agentctx.workflows.meter import MeteredReader, Refused
-from agentctx.workflows.notes import keep_record, no_information, stated, verified
+from agentctx.workflows.notes import keep_record, no_information, point_of, stated, verified
 from agentctx.workflows.rank import CANDIDATES, LEXICAL_WEIGHT, FirstStage
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -242,15 +242,14 @@ def reader_of(site: Site) -> Site:
 
 def _list(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
-        points = []
+        points: list[dict[str, Any]] = []
         for note in await asyncio.to_thread(notes_read, run, site, values):
             part = ""
             port = site.ports[0]
             if note.read >= 0 and port.origin and len(site.ports) == 1:
                 made = cut_of(port.origin, run.scope)
                 part = made.parts[made.reads[note.read].part]
-            quotes = [run.scope.text(span) for span in note.spans]
-            points.append({"text": note.text, "quotes": quotes, "part": part})
+            points.append(point_of(note, part))
         if not points:
             return Result(draft(no_information(run)))
         return Result(draft(keep_record(run, "list", {"points": points, "no_information": False})))

@@ -25,7 +25,7 @@ from agentctx.workflows.answering import Piece, answer_input, answer_pieces, ans
 from agentctx.workflows.call import ask
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.frame import Graph, Strategy, add_node
-from agentctx.workflows.notes import keep_record, no_information
+from agentctx.workflows.notes import keep_record, no_information, places_of
 from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import CLAIM, Claim, Reply, Role
 from agentctx.workflows.run import RunContext
@@ -166,7 +166,12 @@ class Acting(Strategy):
             failed = {"failures": {f"step {step}": asdict(reply)}} if ends else {}
             return {**update, **failed, "log": log.kept(), "route": "answer" if ends else update["route"]}
         if reply.data["answer"]:
-            draft = {"text": reply.data["answer"], "claims": reply.data["claims"], "no_information": False}
+            draft = {
+                "text": reply.data["answer"],
+                "claims": reply.data["claims"],
+                "no_information": False,
+                "shown": places_of(log.shown),
+            }
             return {**update, "draft": keep_record(run, "acted", draft), "log": log.kept(), "route": "verify"}
         await self.use(run, log, reply.data)
         return {**update, "log": log.kept(), "kept": self._seen(run.scope, log)}
@@ -205,7 +210,7 @@ class Acting(Strategy):
     async def _answer(self, run: RunContext, state: ActState) -> dict[str, Any]:
         """Without an answer of its own: one from what is live, as much of the latest as fits."""
         log = WorkLog(run, state.get("log"))
-        pieces = [Piece(entry.title, log.text(entry)) for entry in log.live]
+        pieces = [Piece(entry.title, log.text(entry), quoted=tuple(log.shown)) for entry in log.live]
         while pieces and sum(answer_input(run.scope, pieces)) > run.scope.profile.window:
             pieces.pop(0)
         if not pieces:

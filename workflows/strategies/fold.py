@@ -21,13 +21,21 @@ from pydantic import Field
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Failure, Plan, Span
 from agentctx.workflows import cost
-from agentctx.workflows.answering import answer_input, answer_pieces, answer_role
+from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, pieces_of
 from agentctx.workflows.call import ask
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.cut import Cut, cut
 from agentctx.workflows.frame import Graph, Strategy, add_node
 from agentctx.workflows.grounding import content_words
-from agentctx.workflows.notes import Note, keep_record, no_information, pieces_of, spans_of, verified
+from agentctx.workflows.notes import (
+    Note,
+    keep_record,
+    no_information,
+    places_of,
+    point_of,
+    spans_of,
+    verified,
+)
 from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import CLAIM, Claim, Reply, Role
 from agentctx.workflows.run import RunContext
@@ -194,8 +202,8 @@ class Fold(Strategy):
     async def _answer(self, run: RunContext, state: FoldState) -> dict[str, Any]:
         notes = self._gathered(run, state)
         if run.scope.task.kind == "summarise":
-            points = [{"text": n.text, "quotes": [run.scope.text(s) for s in n.spans]} for n in notes]
-            draft = {"points": [{**point, "part": ""} for point in points], "no_information": not points}
+            points = [point_of(note) for note in notes]
+            draft = {"points": points, "no_information": not points}
             return {"draft": keep_record(run, "outline", draft)}
         if not notes:
             return {"draft": no_information(run)}
@@ -253,7 +261,7 @@ def _applied(
 
 
 def _places(run: RunContext, quotes: Sequence[str], spans: Sequence[Span]) -> list[list[Any]]:
-    return [[span.document_id, span.start, span.end] for span in verified(run, quotes, spans)]
+    return places_of(verified(run, quotes, spans))
 
 
 def _shown(notes: Sequence[Mapping[str, Any]]) -> str:

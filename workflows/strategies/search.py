@@ -22,7 +22,7 @@ from pydantic import Field
 from agentctx.memory.errors import ConfigError
 from agentctx.memory.types import Chunk, Failure, Plan, Span
 from agentctx.workflows import cost
-from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, is_grounded
+from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, is_grounded, pieces_of
 from agentctx.workflows.call import ask
 from agentctx.workflows.conclude import Covered
 from agentctx.workflows.findings import LABEL, findings
@@ -32,7 +32,6 @@ from agentctx.workflows.notes import (
     best_first,
     keep_record,
     no_information,
-    pieces_of,
     spans_of,
     verified,
 )

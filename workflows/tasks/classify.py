@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import Field
 
 from agentctx.memory.errors import ConfigError
-from agentctx.memory.types import Stage
+from agentctx.memory.types import Span, Stage
 from agentctx.workflows.combine import vote
 from agentctx.workflows.cut import Cut
-from agentctx.workflows.notes import keep_record, no_information, verified
+from agentctx.workflows.notes import keep_record, no_information, places_of, verified
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.scope import Scope
@@ -98,7 +98,7 @@ def elected(run: RunContext, made: Cut, reads: Mapping[str, str], given: Sequenc
     labels = {label.casefold(): label for label in given}
     records = run.cache.get_many(list(reads.values()))
     ballots: list[tuple[str, float]] = []
-    quotes: dict[str, list[tuple[int, str]]] = {}
+    places: dict[str, list[tuple[int, Span]]] = {}
     for number in sorted(map(int, reads)):
         data = records[reads[str(number)]]
         label = labels.get(data["label"].strip().casefold())
@@ -108,21 +108,21 @@ def elected(run: RunContext, made: Cut, reads: Mapping[str, str], given: Sequenc
             run.warn("unknown_label", f"a read voted for {data['label']!r}, which is no label")
             continue
         spans = [made.chunks[i].span for i in made.reads[number].chunks]
-        good = [quote for quote in data["quotes"] if verified(run, [quote], spans)]
-        if not good:
+        found = verified(run, data["quotes"], spans)
+        if not found:
             run.warn("vote_without_quote", f"a vote for {label!r} quoted nothing that is in the text")
             continue
         ballots.append((label, float(max(1, data["confidence"]))))
-        quotes.setdefault(label, []).extend((data["confidence"], quote) for quote in good)
+        places.setdefault(label, []).extend((data["confidence"], span) for span in found)
     if not ballots:
         return no_information(run), 0
     winner, margin = vote(ballots, given)
     weights = {label: sum(w for of, w in ballots if of == label) for label in given}
-    best = [quote for _, quote in sorted(quotes[winner], key=lambda found: -found[0])][:CITED]
+    best = [span for _, span in sorted(places[winner], key=lambda place: -place[0])][:CITED]
     draft = {
         "text": winner,
-        "claims": [{"text": winner, "quotes": best}],
+        "claims": [{"text": winner, "quotes": [], "spans": places_of(best)}],
         "no_information": False,
         "value": {"label": winner, "margin": margin, "weights": weights},
     }
-    return keep_record(run, "vote", draft), len(quotes[winner]) - len(best)
+    return keep_record(run, "vote", draft), len(places[winner]) - len(best)

@@ -13,7 +13,7 @@ from pydantic import Field
 from agentctx.memory.types import Evidence
 from agentctx.workflows.combine import Item, merge
 from agentctx.workflows.cut import Cut
-from agentctx.workflows.notes import item_text, verified
+from agentctx.workflows.notes import item_text, places_of, verified
 from agentctx.workflows.roles import Reply, Role
 from agentctx.workflows.run import RunContext
 from agentctx.workflows.state import State
@@ -87,8 +87,9 @@ def items_of(run: RunContext, made: Cut, state: State) -> list[Item]:
 
 
 def claim_of(item: Item) -> dict[str, Any]:
-    """The item as a statement with its quotes."""
-    return {"text": item_text(item.key, item.value), "quotes": [evidence.quote for evidence in item.evidence]}
+    """The item as a statement at the places that state it."""
+    places = places_of(evidence.span for evidence in item.evidence)
+    return {"text": item_text(item.key, item.value), "quotes": [], "spans": places}
 
 
 def _plain(text: str) -> str:

@@ -105,4 +105,4 @@ def _shown(item: Item) -> str:
 
 def _claim(one: Item, other: Item, reason: str) -> dict[str, Any]:
     text = f"{one.key} and {other.key}" + (f": {reason}" if reason else "")
-    return {"text": text, "quotes": claim_of(one)["quotes"] + claim_of(other)["quotes"]}
+    return {"text": text, "quotes": [], "spans": claim_of(one)["spans"] + claim_of(other)["spans"]}

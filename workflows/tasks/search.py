@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from agentctx.memory.types import Stage
 from agentctx.workflows import cost
-from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, is_grounded
+from agentctx.workflows.answering import answer_input, answer_pieces, answer_role, is_grounded, pieces_of
 from agentctx.workflows.cut import Cut
 from agentctx.workflows.notes import (
     Note,
@@ -21,7 +21,6 @@ from agentctx.workflows.notes import (
     keep_record,
     no_information,
     notes_of,
-    pieces_of,
     spans_of,
 )
 from agentctx.workflows.profile import Tier

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from agentctx.memory.types import Stage
 from agentctx.workflows import cost
 from agentctx.workflows.cut import Cut
-from agentctx.workflows.notes import merge_level, outline
+from agentctx.workflows.notes import merge_level, outline, side_by_side
 from agentctx.workflows.profile import Tier
 from agentctx.workflows.roles import GIST, MERGE, SUMMARISE, Role
 from agentctx.workflows.run import RunContext
@@ -45,13 +45,19 @@ class Summarise(Pipeline):
         """One level of the trees, all parts at once; at the top the parts' points become the draft."""
         done = state.get("reads", {})
         groups = state["groups"] if "groups" in state else _by_part(made, done)
+        lost = state.get("not_forwarded", 0)
+        update: dict[str, Any] = {}
         if run.scope.profile.writes and any(len(group) > 1 for group in groups):
             fan_in = merge_width(run.scope, self.fan_in)
-            groups = list(await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups)))
+            merged = await asyncio.gather(*(merge_level(run, group, fan_in) for group in groups))
+            groups = [one.records for one in merged]
+            level = side_by_side(merged)
+            lost += level.left_out
+            update = {"groups": groups, "not_forwarded": lost, "failures": level.failures}
             if any(len(group) > 1 for group in groups):
-                return {"route": "finish", "groups": groups}
+                return {**update, "route": "finish"}
         draft, left_out = await asyncio.to_thread(outline, run, made, groups, done)
-        return {"groups": groups, "draft": draft, "not_forwarded": left_out}
+        return {**update, "groups": groups, "draft": draft, "not_forwarded": lost + left_out}
 
     def _levels(self, scope: Scope, made: Cut) -> list[int]:
         """Merges by level, all parts together; a model that does not write merges nothing."""
