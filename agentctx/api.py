@@ -252,7 +252,7 @@ class Context:
         task = Task(**{**manifest["task"], "labels": tuple(manifest["task"]["labels"])})
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         manifest["budget"] = asdict(budget) if budget else manifest["budget"]
-        # Always a graph of its own, from the cache: what checkpoints name by number may be cut otherwise today.
+        # Always a new graph, from the cache: what checkpoints name by number may be cut otherwise today.
         manifest["attempt"] += 1
         allowed = strategy.allowed(Budget(**manifest["budget"]))
         scope = context._scope(task, allowed, manifest["tag"])

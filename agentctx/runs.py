@@ -124,7 +124,7 @@ class Runs:
         return read_trace(path) if path.exists() else iter(())
 
     def remove(self, run_id: str, blobs: Blobs | None = None) -> None:
-        """Delete the run's manifest, trace and checkpoints, and from `blobs` the texts that no other run names.
+        """Delete the run's manifest, trace and checkpoints, and of its `blobs` those that no other run names.
 
         Checkpoints in a database are deleted first, in the one that is named now; StoreError if it does not
         answer, or if the run is being carried out.

@@ -1,7 +1,7 @@
 """What must not be known to others: the user's own secret, and the login that a URL may hold.
 
-Nobody who writes documents can know the secret. The delimiters around documents are derived from it. It is kept, because what was read between delimiters can
-be used again only between the same ones.
+Nobody who writes documents can know the secret. The delimiters around documents are derived from it. It is
+kept, because what was read between delimiters can be used again only between the same ones.
 """
 
 from __future__ import annotations

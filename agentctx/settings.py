@@ -29,7 +29,7 @@ from agentctx.paths import KV_BYTES, Paths
 
 PREFIX = "AGENTCTX_"
 SECRETS = ("api_key", "checkpoints")
-NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
+NOT_SETTINGS = {"AGENTCTX_HOME", "AGENTCTX_ROOTS"}  # read by `Paths`, before any setting; by `studio`
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 

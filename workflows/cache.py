@@ -43,8 +43,8 @@ def call_key(**parts: Any) -> str:
 class LeafCache:
     """Key to JSON value. `path=None` keeps it in memory, for runs that must leave nothing behind.
 
-    Above `limit` bytes the older half is dropped. All of it raises StoreError: locked, no_space, unwritable, or
-    corrupt, where damage is met while others use it too.
+    Above `limit` bytes the older half is dropped. All of it raises StoreError: locked, no_space, unwritable,
+    or corrupt, where damage is met while others use it too.
     """
 
     def __init__(self, path: Path | None, *, limit: int = LIMIT) -> None:

@@ -138,8 +138,8 @@ def _timeout(run: RunContext, allowed: float | None) -> float:
 
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
-    """The call itself, ended by its timeout or, if it is in flight then, by the grace time after a request to
-    stop. What finishes the run once it is stopped has all its time.
+    """The call itself, ended by its timeout or, if it is in flight then, by the grace time after a request
+    to stop. What finishes the run once it is stopped has all its time.
     """
     clock = asyncio.get_running_loop().time
     async with asyncio.timeout(_timeout(run, attempt.timeout)) as deadline:

@@ -114,8 +114,8 @@ class Flow:
                 )
 
     def _cycles_are_left_once(self) -> None:
-        """What comes after a cycle is paid for once: no way leads there beside a further round, nor from one of
-        several branches.
+        """What comes after a cycle is paid for once: no way leads there beside a further round, nor from one
+        of several branches.
         """
         for number, edge in enumerate(self.flow.edges):
             cycle = self._cycle(edge.source) if edge.source != START else set()
