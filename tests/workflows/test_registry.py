@@ -22,7 +22,6 @@ def test_a_value_in_another_form_is_taken_as_what_it_says():
         ("search", {"rounds": "two"}, "strategy search has a wrong rounds: .*not 'two'"),
         ("search", {"keep": 1.5}, "strategy search has a wrong keep: .*not 1.5"),
         ("search", {"width": None}, "strategy search has a wrong width: .*not None"),
-        ("search", {"width": 0}, "at least 1"),
         ("search", {"depth": 1}, "no parameter 'depth'"),
         ("definition", {}, "strategy definition has a wrong entry: Field required"),
         ("definition", {"entry": "a", "files": "b"}, "strategy definition has a wrong files: .*not 'b'"),
