@@ -260,7 +260,8 @@ class Context:
         strategy = named_strategy(manifest["strategy"], **manifest["params"])
         limits = asdict(budget or UNLIMITED)
         manifest["budget"] |= {name: limit for name, limit in limits.items() if limit is not None}
-        manifest["attempt"] += manifest["status"] != "running"  # an ended graph starts again, from the cache
+        # Always a new graph, from the cache: what checkpoints name by number may be cut otherwise today.
+        manifest["attempt"] += 1
         allowed = strategy.allowed(Budget(**manifest["budget"]))
         scope = context._scope(task, allowed, manifest["tag"])
         with kept_here(offline):

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -62,6 +62,7 @@ class Each:
     labels: Sequence[str] = ()
     strategy: str | Strategy = "auto"
     budget: Budget = Budget()
+    _verifiers: dict[str, Verifier] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.per not in ("file", "chunk"):
@@ -198,11 +199,20 @@ class Each:
                 on_event=on_event,
             )
         except BudgetExceeded as error:
-            partial = _placed(error.partial, document, span) if error.partial else None
+            partial = self._placed(error.partial, document, span) if error.partial else None
             return Row(document.source, span, partial, error)
         except AgentctxError as error:
             return Row(document.source, span, error=error)
-        return Row(document.source, span, _placed(answer, document, span))
+        return Row(document.source, span, self._placed(answer, document, span))
+
+    def _placed(self, answer: Answer, document: Document, span: Span) -> Answer:
+        """The answer of a stretch with its citations and gaps where they stand in the document."""
+        if span.end - span.start == len(document.text):
+            return answer
+        if document.id not in self._verifiers:  # one is kept: what it makes of a text is larger than that
+            self._verifiers.clear()
+            self._verifiers[document.id] = Verifier([document])
+        return _moved(answer, self._verifiers[document.id], span)
 
     def _left_out(self) -> list[Notice]:
         """Why sources have no document: they cannot be read, or are equal to another one, or secret."""
@@ -262,20 +272,15 @@ def _most(costs: Iterable[Cost]) -> Cost:
     return Cost(*map(max, zip(*map(astuple, costs), strict=True)))
 
 
-def _placed(answer: Answer, document: Document, span: Span) -> Answer:
-    """The answer of a stretch with its citations and gaps where they stand in the document."""
-    if span.end - span.start == len(document.text):
-        return answer
-    verifier = Verifier([document])
-
+def _moved(answer: Answer, verifier: Verifier, part: Span) -> Answer:
     def moved(found: Span) -> Span:
-        return Span(document.id, span.start + found.start, span.start + found.end)
+        return Span(part.document_id, part.start + found.start, part.start + found.end)
 
     def cited(citation: Citation) -> Citation:
         if citation.span is None:
             return citation
-        near = span.start + citation.span.start
-        return verifier.verify(citation.quote, document.id, citation.claim, near=near)
+        near = part.start + citation.span.start
+        return verifier.verify(citation.quote, part.document_id, citation.claim, near=near)
 
     unread, failed = (tuple(map(moved, spans)) for spans in (answer.coverage.unread, answer.coverage.failed))
     return replace(

@@ -1,20 +1,24 @@
 """The runs on disk: one folder a run, with its manifest, its trace and its checkpoints.
 
 The manifest says what was asked of what, so that a killed run can be taken up again; texts are in the blob
-store, never here. No key and no secret is written.
+store, never here. No key and no secret is written, nor the login that an endpoint's URL may hold.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentctx.memory.atomic import write_bytes
+from agentctx.memory.atomic import make_private, storing, write_bytes
+from agentctx.memory.blobs import Blobs
 from agentctx.memory.errors import AgentctxError, InputError, StoreError
+from agentctx.secret import without_login
 from agentctx.workflows.trace import read_trace
 
 SCHEMA = 1
@@ -53,9 +57,33 @@ class Runs:
             )
         return self.root / run_id
 
+    @contextmanager
+    def locked(self, run_id: str) -> Iterator[None]:
+        """Keep others from the run meanwhile: two that carry it out would pay for everything twice.
+
+        Raises StoreError: locked, no_space, unwritable.
+        """
+        folder = self.folder(run_id)
+        with storing(folder):
+            make_private(folder)
+            file = (folder / "lock").open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process
+            except BlockingIOError:
+                raise StoreError(
+                    f"run {run_id} is being carried out", code="locked", hint="wait for it, or stop it"
+                ) from None
+            yield
+
     def write(self, run_id: str, manifest: dict[str, Any]) -> None:
+        """Raises StoreError: no_space, unwritable."""
+        if url := manifest["model"].get("base_url"):
+            manifest = {**manifest, "model": {**manifest["model"], "base_url": without_login(url)}}
         text = json.dumps({"schema": SCHEMA, **manifest}, ensure_ascii=False, indent=1)
-        write_bytes(self.folder(run_id) / "run.json", text.encode("utf-8", "surrogatepass"))
+        path = self.folder(run_id) / "run.json"
+        with storing(path):
+            write_bytes(path, text.encode("utf-8", "surrogatepass"))
 
     def manifest(self, run_id: str) -> dict[str, Any]:
         """The manifest. Raises InputError for an unknown id, StoreError for a damaged or newer one."""
@@ -113,21 +141,38 @@ class Runs:
         path = self.folder(run_id) / "trace.jsonl"
         return read_trace(path) if path.exists() else iter(())
 
-    def remove(self, run_id: str) -> None:
-        """Delete the run's manifest, trace and checkpoints.
+    def remove(self, run_id: str, blobs: Blobs | None = None) -> None:
+        """Delete the run's manifest, trace and checkpoints, and of its `blobs` those that no other run names.
 
-        Those in a database are deleted first, in the one that is named now; StoreError if it does not answer.
+        Checkpoints in a database are deleted first, in the one that is named now; StoreError if it does not
+        answer, or if the run is being carried out.
         """
         from agentctx.checkpoints import forget
 
         try:
             manifest = self.manifest(run_id)
-        except StoreError:  # damaged, or of another version: it does not say which threads are its own
-            threads = []
-        else:
-            threads = [thread_of(run_id, manifest, number) for number in range(manifest["attempt"] + 1)]
-        forget(threads)
-        shutil.rmtree(self.folder(run_id))
+        except StoreError:  # damaged, or of another version: it does not say what is its own
+            manifest = {"attempt": -1, "documents": []}
+        with self.locked(run_id):
+            forget([thread_of(run_id, manifest, number) for number in range(manifest["attempt"] + 1)])
+            with storing(self.folder(run_id)):
+                shutil.rmtree(self.folder(run_id))
+        if blobs:
+            self._drop(_documents(manifest), blobs)
+
+    def _drop(self, documents: set[tuple[str, str]], blobs: Blobs) -> None:
+        """Delete those that no run names; all stay while there is a run that does not say what it needs."""
+        try:
+            for path in self.root.glob("*/run.json"):
+                documents -= _documents(self.manifest(path.parent.name))
+        except StoreError:
+            return
+        for document_id, source in documents:
+            blobs.drop_document(document_id, source)
+
+
+def _documents(manifest: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(document_id, source) for document_id, source in manifest["documents"]}
 
 
 def thread_of(run_id: str, manifest: dict[str, Any], attempt: int) -> str:

@@ -33,7 +33,7 @@ PREFIX = "AGENTCTX_"
 SECRETS = ("api_key", "checkpoints")
 LOCAL = ("attention", "exact", "linears", "kv_dtype")  # without effect at an endpoint
 LIMITS = ("max_calls", "max_input_tokens", "max_output_tokens", "max_seconds", "max_depth")
-NOT_SETTINGS = {"AGENTCTX_HOME"}  # read by `Paths`, before any setting
+NOT_SETTINGS = {"AGENTCTX_HOME", "AGENTCTX_ROOTS"}  # read by `Paths`, before any setting; by `studio`
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 

@@ -1,32 +1,36 @@
 """Every strategy as a graph for LangGraph's own development server (`langgraph.json`).
 
 The server draws the graph and runs it: it gives a question and paths, model and limits come from the user's
-settings. Each name here is a factory, so that importing the module opens nothing.
+settings. Whoever reaches the server can name paths, so only those below its working directory are read, or
+below what AGENTCTX_ROOTS names. Each name here is a factory, so that importing the module opens nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from langgraph.graph import END, START, StateGraph
 from typing_extensions import TypedDict
 
 from agentctx.api import Context
-from agentctx.memory.types import Plan
-from agentctx.models.load import Model
-from agentctx.privacy import kept_here
+from agentctx.corpus.attach import with_index
+from agentctx.memory.errors import BudgetExceeded, WorkspaceError
+from agentctx.memory.types import Budget
+from agentctx.models.load import Model, open_model
+from agentctx.paths import Paths
 from agentctx.settings import Settings
-from agentctx.workflows.cache import LeafCache
-from agentctx.workflows.fence import draw_tag
+from agentctx.workflows.conclude import ANSWER
 from agentctx.workflows.frame import Strategy
 from agentctx.workflows.registry import strategy
-from agentctx.workflows.run import RunContext
-from agentctx.workflows.scope import Scope
-from agentctx.workflows.state import Output, Task
-from agentctx.workflows.trace import Trace
+from agentctx.workflows.state import Output
+
+ROOTS = "AGENTCTX_ROOTS"  # directories, separated as in PATH
 
 
 class Question(TypedDict):
@@ -54,19 +58,18 @@ def _factory(name: str) -> Factory:
 
 def studio_graph(chosen: Strategy) -> StudioGraph:
     """The strategy's graph inside one node, which opens what the settings name."""
-    inner = chosen.graph().compile()  # named in the node below, so the server draws it too
+    inner = chosen.graph().compile(name=chosen.name)
 
     async def answer(state: Asked) -> dict[str, Any]:
-        model, scope, plan = await asyncio.to_thread(_opened, chosen, state["question"], state["sources"])
-        run_id = f"studio-{secrets.token_hex(3)}"
-        run = RunContext(run_id, scope, model.chat, plan, LeafCache(None), Trace(run_id))
-        given: Any = {"question": state["question"], "sources": list(scope.documents)}
+        context, budget = await asyncio.to_thread(_opened, state["sources"])
+        run_id = f"{inner.name}-{secrets.token_hex(3)}"  # the server draws what a node names
         try:
-            with kept_here(Settings.load({}).offline):
-                done = await inner.ainvoke(given, {"recursion_limit": max(plan.supersteps, 8)}, context=run)
-        finally:
-            run.cache.close()
-        return {"answer": done["answer"]}
+            found = await context.aask(state["question"], strategy=chosen, budget=budget, run_id=run_id)
+        except BudgetExceeded as error:
+            if error.partial is None:
+                raise
+            found = error.partial
+        return {"answer": ANSWER.dump_python(found, mode="json")}
 
     graph: StudioGraph = StateGraph(Asked, input_schema=Question, output_schema=Output)
     graph.add_node("answer_it", answer)
@@ -75,34 +78,43 @@ def studio_graph(chosen: Strategy) -> StudioGraph:
     return graph
 
 
-def _opened(chosen: Strategy, question: str, sources: list[str]) -> tuple[Model, Scope, Plan]:
-    """The settings' model, the sources, and what the run may cost within the settings' limits."""
+def _opened(sources: str | Sequence[str]) -> tuple[Context, Budget]:
+    """The sources with the settings' model, and the settings' limits."""
     settings = Settings.load({})
     settings.export_key()
-    context = Context.open(
-        sources,
-        model=settings.model,
+    given = _inside([sources] if isinstance(sources, str) else sources)
+    model = _model(settings, Paths.default())
+    return Context.open(given, model=model, offline=settings.offline, ephemeral=True), settings.budget()
+
+
+def _inside(sources: Sequence[str]) -> list[str]:
+    """The sources. WorkspaceError for one that is outside of what the server may read, links followed."""
+    roots = [Path(root).expanduser().resolve() for root in os.environ.get(ROOTS, os.curdir).split(os.pathsep)]
+    for source in sources:
+        if "\0" in source or not any(Path(source).resolve().is_relative_to(root) for root in roots):
+            raise WorkspaceError(
+                f"{source!r} is outside of what this server may read",
+                hint=f"start it in a directory above, or set {ROOTS}",
+            )
+    return list(sources)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(settings: Settings, paths: Paths) -> Model:
+    """Opened once, for all questions and graphs: a local model is large, and keeps what it has read."""
+    model = open_model(
+        settings.model,
         base_url=settings.base_url,
+        paths=paths,
+        offline=settings.offline,
         window=settings.window,
+        embed=settings.embed,
+        kv_bytes=0,
         **settings.local(),
         memory_bytes=settings.memory_bytes,
         concurrency=settings.concurrency,
-        offline=settings.offline,
-        ephemeral=True,
     )
-    documents = {document.id: document for document in context.corpus.documents}
-    model = context.model
-    scope = Scope(
-        Task(question),
-        documents,
-        model.profile,
-        model.counter,
-        draw_tag(documents.values(), secrets.token_bytes(16)),
-        model.reader,
-        chosen.allowed(settings.budget()),
-        model.index,
-    )
-    return model, scope, chosen.plan(scope)
+    return with_index(model, paths)
 
 
 auto = _factory("auto")

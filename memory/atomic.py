@@ -9,8 +9,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
+
+from agentctx.memory.errors import StoreError
+
+HINTS = {
+    "no_space": "free some space, or set AGENTCTX_HOME to another disk",
+    "unwritable": "check who may write there",
+}
+
+
+@contextmanager
+def storing(path: Path | str) -> Iterator[None]:
+    """Raise StoreError, no_space or unwritable, for what the file system refuses at `path`."""
+    try:
+        yield
+    except OSError as error:
+        code = "no_space" if error.errno in (ENOSPC, EDQUOT) else "unwritable"
+        message = f"{path} cannot be written: {error.strerror or error}"
+        raise StoreError(message, code=code, hint=HINTS[code]) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

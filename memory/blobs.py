@@ -15,7 +15,7 @@ import re
 from dataclasses import astuple
 from pathlib import Path
 
-from agentctx.memory.atomic import write_bytes
+from agentctx.memory.atomic import storing, write_bytes
 from agentctx.memory.errors import StoreError
 from agentctx.memory.types import Document, Locator
 
@@ -71,6 +71,14 @@ class Blobs:
             raise StoreError(f"{message} {SCHEMA_VERSION}", code="version", hint="upgrade agentctx")
         locators = tuple(Locator(*locator) for locator in record["locators"])
         return Document(id, record["source"], self.get(id), record["media_type"], locators)
+
+    def drop_document(self, id: str, source: str) -> None:
+        """Delete what is said of the document, and the text with the last document that has it."""
+        text = self._text_path(id)
+        with storing(text):
+            self._record_path(id, source).unlink(missing_ok=True)
+            if not any(text.parent.glob(f"{id}.*.json")):
+                text.unlink(missing_ok=True)
 
     def _text_path(self, id: str) -> Path:
         if not ID.fullmatch(id):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentctx.memory.atomic import make_private
+from agentctx.memory.atomic import HINTS, make_private, storing
 from agentctx.memory.errors import StoreError
 
 WAIT = 60.0  # seconds for another process that writes
@@ -23,9 +23,7 @@ _CODES = {
     sqlite3.SQLITE_CORRUPT: "corrupt",
     sqlite3.SQLITE_NOTADB: "corrupt",
 }
-_HINTS = {
-    "no_space": "free some space, or set AGENTCTX_HOME to another disk",
-    "unwritable": "check who may write there",
+_HINTS = HINTS | {
     "locked": "another process writes to it: try again",
     "corrupt": "delete it and make it again: what it was made from is not lost",
 }
@@ -34,26 +32,35 @@ _HINTS = {
 class Database:
     """The file at `path`, made with `schema` if it is new. Safe for several threads.
 
-    All of it raises StoreError: corrupt, locked, no_space, unwritable, or version where `version` differs.
+    With `renew` the schema is run over another version too: it drops what it makes again. All of it raises
+    StoreError: corrupt, locked, no_space, unwritable, or version where `version` differs.
     """
 
-    def __init__(self, path: Path, schema: str, version: int) -> None:
+    def __init__(self, path: Path, schema: str, version: int, *, renew: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
         with self._explained():
             make_private(path.parent)
             self._db = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(schema, version, renew)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, schema: str, version: int, renew: bool) -> None:
+        with self._explained():
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             with self.write():
                 (found,) = self.one("PRAGMA user_version")
-                if not found:
+                if not found or (renew and found != version):
                     for statement in schema.split(";"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {version}")
-        if found not in (0, version):
+        if found not in (0, version) and not renew:
             raise StoreError(
-                f"{path} has version {found}, this program reads {version}",
+                f"{self.path} has version {found}, this program reads {version}",
                 code="version",
                 hint="delete it with `agentctx index rm --all` and index again",
             )
@@ -88,11 +95,8 @@ class Database:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            yield
+            with storing(self.path):
+                yield
         except sqlite3.DatabaseError as error:
             code = _CODES.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF, "store")
             raise StoreError(f"{self.path}: {error}", code=code, hint=_HINTS.get(code, "")) from error
-        except OSError as error:
-            code = "no_space" if error.errno in (28, 122) else "unwritable"
-            message = f"{self.path} cannot be written: {error.strerror or error}"
-            raise StoreError(message, code=code, hint=_HINTS[code]) from error

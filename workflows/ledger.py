@@ -115,27 +115,23 @@ class Ledger:
         return actual.within(reservation.cost)
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Charge what an interrupted run spent; a reservation that was never settled counts in full."""
-        opened: dict[int, tuple[Cost, bool]] = {}
+        """Charge what an interrupted run spent; a reservation that was never settled counts in full.
+
+        The hold is whole again: finishing may fail, and then there is all of it still to do.
+        """
+        opened: dict[int, Cost] = {}
         for event in events:
             if event["event"] not in ("reserve", "settle"):
                 continue
             data = event["data"]
             cost = Cost(data["calls"], data["input_tokens"], data["output_tokens"])
-            finishing = data.get("finishing", False)
             if event["event"] == "reserve":
-                opened[data["reservation"]] = cost, finishing
+                opened[data["reservation"]] = cost
             else:
                 opened.pop(data["reservation"], None)
-                self._charge(cost, finishing)
+                self.spent += cost
             self._next = max(self._next, data["reservation"])
-        for cost, finishing in opened.values():
-            self._charge(cost, finishing)
-
-    def _charge(self, cost: Cost, finishing: bool) -> None:
-        self.spent += cost
-        if finishing:
-            self.finished += cost
+        self.spent += sum(opened.values(), Cost())
 
     def _fits(self, cost: Cost, finishing: bool) -> bool:
         node: Ledger | None = self

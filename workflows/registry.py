@@ -6,6 +6,8 @@ import dataclasses
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from agentctx.memory.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,21 +39,30 @@ UNLISTED = {"definition": "agentctx.workflows.definition.strategy:Definition"}
 def strategy(name: str, **params: Any) -> Strategy:
     """The strategy of that name with these parameters.
 
-    Raises ConfigError naming the known strategies or the known parameters.
+    Raises ConfigError naming the known strategies, the known parameters, or what is wrong with a value.
     """
     places = STRATEGIES | UNLISTED
     if name not in places:
         raise ConfigError(f"there is no strategy {name!r}", hint=f"choose one of: {', '.join(STRATEGIES)}")
     module, attribute = places[name].split(":")
     made: type[Strategy] = getattr(import_module(module), attribute)
-    known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    known = [field.name for field in fields]
     for param in params:
         if param not in known:
             raise ConfigError(
                 f"the strategy {name} has no parameter {param!r}",
                 hint=f"it has: {', '.join(known)}" if known else "it has none",
             )
-    return made(**params)
+    try:
+        return TypeAdapter(made).validate_python(params)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        given = f", not {first['input']!r:.80}" if first["loc"][0] in params else ""
+        raise ConfigError(
+            f"the strategy {name} has a wrong {first['loc'][0]}: {first['msg']}{given}",
+            hint="it is made of a file: agentctx workflow run FILE" if name in UNLISTED else "correct it",
+        ) from None
 
 
 def build(name: str, **params: Any) -> Graph:

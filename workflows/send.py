@@ -140,7 +140,9 @@ def _timeout(run: RunContext, allowed: float | None) -> float:
 
 
 async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], attempt: Attempt) -> AIMessage:
-    """The call itself, ended by its timeout or by the grace time after a stop request."""
+    """The call itself, ended by its timeout or, if it is in flight then, by the grace time after a request
+    to stop. What finishes the run once it is stopped has all its time.
+    """
     clock = asyncio.get_running_loop().time
     async with asyncio.timeout(_timeout(run, attempt.timeout)) as deadline:
 
@@ -150,7 +152,7 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
                 deadline.reschedule(min(when, clock() + run.grace))
 
         with run.stop.heard(soon):
-            if run.stop.reason:
+            if run.stop.reason and not attempt.finishing:
                 soon()
             try:
                 reply = await _invoke(run, role, messages, attempt)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from agentctx.memory.atomic import make_private
+from agentctx.memory.atomic import make_private, storing
 from agentctx.memory.errors import StoreError
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
@@ -53,7 +53,10 @@ class Event:
 
 
 class Trace:
-    """Numbers events, writes them to `path` if there is one, and hands each to `listener`."""
+    """Numbers events, writes them to `path` if there is one, and hands each to `listener`.
+
+    Raises StoreError, no_space or unwritable, where the file cannot be written.
+    """
 
     def __init__(
         self, run_id: str, path: Path | None = None, listener: Callable[[Event], None] | None = None
@@ -64,9 +67,11 @@ class Trace:
         self._spans = self._seq
         self._file: IO[str] | None = None
         if path:
-            make_private(path.parent)
-            _drop_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            with storing(path):
+                make_private(path.parent)
+                _drop_torn_line(path)
+                # A lone surrogate in a model's words is written as JSON's own escape of it.
+                self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def emit(self, event: str, **data: Any) -> None:
         """Append one event to the current span."""
@@ -75,8 +80,9 @@ class Trace:
         line = Event(self.run_id, self._seq, time.time(), span, parent, node, event, data)
         # Tokens of the final answer are shown, not kept: the whole reply follows in call.end.
         if self._file and event != "token":
-            self._file.write(_ENCODE(line.as_dict()) + "\n")
-            self._file.flush()
+            with storing(self._file.name):
+                self._file.write(_ENCODE(line.as_dict()) + "\n")
+                self._file.flush()
         if self._listener:
             self._listener(line)
 
@@ -97,8 +103,9 @@ class Trace:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with storing(file.name):
+                file.close()
 
 
 def read_trace(path: Path) -> Iterator[dict[str, Any]]:

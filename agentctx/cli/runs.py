@@ -54,13 +54,14 @@ def resume(options: OutputOptions, run_id: RunId) -> None:
 
 @app.command("rm")
 def rm(run_ids: Annotated[list[str], typer.Argument(metavar="RUN_ID...")], json: Json = False) -> None:
-    """Delete runs with their traces and checkpoints."""
+    """Delete runs with their traces and checkpoints, and the texts that no other run needs."""
+    from agentctx.memory.blobs import Blobs
     from agentctx.settings import Settings
 
     Settings.load({}).export_key()  # the address of the checkpoints, if they are in a database
-    runs = _runs()
+    runs, blobs = _runs(), Blobs(Paths.default().blobs)
     for run_id in run_ids:
-        runs.remove(run_id)
+        runs.remove(run_id, blobs)
     show({"removed": run_ids}, [f"removed {run_id}" for run_id in run_ids], "runs rm", as_json=json)
 
 

@@ -7,11 +7,12 @@ two failures that servers report as success: a cut prompt, and a stream that end
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,13 +31,16 @@ from agentctx.models.endpoint_errors import CLIENT_ERRORS, as_model_error
 from agentctx.models.endpoint_transport import lanes_client
 from agentctx.models.load import Model
 from agentctx.models.weights import LOADER
+from agentctx.secret import without_login
 from agentctx.workflows.profile import ModelProfile
 
+URL = "AGENTCTX_BASE_URL"
 KEYS = ("AGENTCTX_API_KEY", "OPENAI_API_KEY")
 CONCURRENCY = 8  # calls in flight, unless the user says otherwise
 DEFAULT_WINDOW = 8192  # tokens, where neither the user nor the endpoint says
 TIMEOUT = 300.0  # seconds without a byte
 _PLAIN = frozenset({"model", "messages", "max_tokens", "temperature", "stream", "stop"})  # of a payload
+_NO_PROXY = {"http://": None, "https://": None}  # the client's own transport, whatever the environment says
 _PROBE_TIMEOUT = 10.0  # seconds to ask for the window
 _WINDOW_FIELDS = ("max_model_len", "loaded_context_length", "context_length", "context_window", "n_ctx")
 _JUDGED_FROM = 256  # words; below, a template could outweigh the text
@@ -181,7 +185,8 @@ def endpoint_chat(
     `concurrency`: calls that will be in flight at a time; more are served too.
 
     The key is the first of AGENTCTX_API_KEY and OPENAI_API_KEY that is set; a server that wants none gets a
-    placeholder. Without a URL it is OpenAI's, which needs a key (ConfigError).
+    placeholder. A login is taken from `base_url` or, since runs are kept without, from AGENTCTX_BASE_URL if
+    that is the same place. Without a URL it is OpenAI's, which needs a key (ConfigError).
     """
     key = next((os.environ[variable] for variable in KEYS if os.environ.get(variable)), "")
     if not key and base_url is None:
@@ -189,9 +194,12 @@ def endpoint_chat(
             f"the endpoint of {name!r} is not known",
             hint=f"give a base URL, or set {KEYS[0]} to use OpenAI's",
         )
-    if base_url is not None and urlsplit(base_url).scheme not in {"http", "https"}:
-        raise ConfigError(f"{base_url!r} is not an endpoint", hint="it looks like http://localhost:8000/v1")
+    if base_url is not None:
+        base_url = _checked_url(base_url)
+    direct = _direct(base_url) if base_url and _is_loopback(base_url) else (None, None)
     return EndpointChat(
+        http_client=direct[0],
+        http_async_client=direct[1],
         model=name,
         base_url=base_url,
         api_key=SecretStr(key or "none"),
@@ -212,7 +220,7 @@ def open_endpoint(
 
     `concurrency`: calls in flight at a time.
     """
-    if offline and not (base_url and _is_loopback(base_url)):
+    if offline and not (base_url and _is_loopback(_checked_url(base_url))):
         raise ConfigError(
             f"the endpoint of {name!r} is not on this machine, and this run is offline",
             hint="name an endpoint on localhost, or a local model",
@@ -238,9 +246,23 @@ def open_endpoint(
 
 
 def _probe(chat: EndpointChat) -> openai.OpenAI:
+    url = chat.openai_api_base
     return openai.OpenAI(
-        api_key=chat.secret, base_url=chat.openai_api_base, max_retries=0, timeout=_PROBE_TIMEOUT
+        api_key=chat.secret,
+        base_url=url,
+        max_retries=0,
+        timeout=_PROBE_TIMEOUT,
+        http_client=openai.DefaultHttpxClient(mounts=_NO_PROXY) if url and _is_loopback(url) else None,
     )
+
+
+@functools.cache
+def _direct(base_url: str) -> tuple[openai.DefaultHttpxClient, openai.DefaultAsyncHttpxClient]:
+    """Clients that reach a server on this machine without the proxy that the environment names.
+
+    Kept with their connections, as langchain-openai keeps its own.
+    """
+    return openai.DefaultHttpxClient(mounts=_NO_PROXY), openai.DefaultAsyncHttpxClient(mounts=_NO_PROXY)
 
 
 def _ask_window(chat: EndpointChat) -> int | None:
@@ -259,6 +281,23 @@ def _ask_window(chat: EndpointChat) -> int | None:
             sizes = [facts[field] for field in _WINDOW_FIELDS if isinstance(facts.get(field), int)]
             return min(sizes, default=None)
     return None
+
+
+def _checked_url(base_url: str) -> str:
+    """The URL, with the login of AGENTCTX_BASE_URL if that is the same place. ConfigError if it is none."""
+    try:
+        parts = urlsplit(base_url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
+            raise ValueError(base_url)
+    except ValueError:
+        shown = base_url.rpartition("@")[2]  # without a password
+        hint = "it looks like http://localhost:8000/v1"
+        raise ConfigError(f"{shown!r} is not an endpoint", hint=hint) from None
+    named = os.environ.get(URL, "")
+    with suppress(ValueError):  # of a setting that is none
+        if without_login(named) == base_url:
+            return named
+    return base_url
 
 
 def _is_loopback(url: str) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from agentctx.api import Context, Stop
 from agentctx.each import Row
+from agentctx.memory.citations import Verifier
 from agentctx.memory.errors import BudgetExceeded, ConfigError, ModelError
 from agentctx.memory.types import Budget, Cost, Document, Notice
 from agentctx.paths import Paths
@@ -80,6 +81,23 @@ def test_chunks_are_cited_where_they_stand_in_the_whole() -> None:
             found += re.findall(r"is K(\d)", citation.quote)
     assert found == list("0123457")
     assert {row.answer.status for row in rows if row.answer} == {"complete", "unanswerable"}
+
+
+def test_a_document_is_prepared_for_citing_once_whatever_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Counted(Verifier):
+        def __init__(self, documents: Sequence[Document]) -> None:
+            made.extend(document.source for document in documents)
+            super().__init__(documents)
+
+    monkeypatch.setattr("agentctx.each.Verifier", Counted)
+    document = Document.of("".join(file(n).text for n in range(6)), "long.txt")
+    chat = scripted()
+    each = opened([document, file(7)], chat, concurrency=1).each(QUESTION, per="chunk", chunk_tokens=80)
+    rows = list(each.rows())
+    assert len([row for row in rows if row.answer and row.answer.citations]) == 7
+    assert made == ["long.txt", "7.txt"]
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -1,9 +1,11 @@
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentctx.memory.errors import StoreError
 from agentctx.workflows.cache import LeafCache, call_key
 
 values = st.recursive(
@@ -46,7 +48,8 @@ def test_a_damaged_cache_is_put_aside_and_rebuilt(tmp_path, damage):
 def test_a_cache_of_another_version_is_dropped(tmp_path):
     cache = LeafCache(tmp_path / "calls.db")
     cache.put("k", 1)
-    cache._db.execute("PRAGMA user_version = 99")
+    with cache._db.write() as db:
+        db.execute("PRAGMA user_version = 99")
     cache.close()
     again = LeafCache(tmp_path / "calls.db")
     assert again.get("k") is None
@@ -96,3 +99,78 @@ def test_threads_share_it(tmp_path):
     keys = [f"{kind}{number} {n}" for kind in ("", "soon ") for number in range(4) for n in range(50)]
     assert len(cache.get_many(keys)) == len(keys)
     cache.close()
+
+
+def test_a_lone_surrogate_is_kept(tmp_path):
+    cache = LeafCache(tmp_path / "calls.db")
+    cache.put("k", {"quote": "half a \ud83d sign"})
+    cache.close()
+    again = LeafCache(tmp_path / "calls.db")
+    assert again.get("k") == {"quote": "half a \ud83d sign"}
+    again.close()
+
+
+def test_the_older_half_goes_when_it_is_too_large_and_nobody_else_has_it(tmp_path):
+    path = tmp_path / "calls.db"
+    cache = LeafCache(path)
+    cache.put_many({str(n): "x" * 1000 for n in range(200)})
+    cache.put("0", "again, so it is the newest")
+    beside = LeafCache(path, limit=50_000)
+    assert len(beside.get_many([str(n) for n in range(200)])) == 200
+    beside.close()
+    cache.close()
+    alone = LeafCache(path, limit=50_000)
+    assert alone.get_many([str(n) for n in range(200)]).keys() == {"0", *map(str, range(101, 200))}
+    alone.close()
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path):
+    cache = LeafCache(tmp_path / "calls.db")
+    cache._db.rows("PRAGMA max_page_count = 4")
+    with pytest.raises(StoreError) as caught:
+        cache.put("k", "x" * 100_000)
+    assert caught.value.code == "no_space"
+    cache.put("small", 1)
+    assert cache.get_many(["k", "small"]) == {"small": 1}
+    cache.close()
+
+
+def test_damage_that_is_met_later_is_an_error_of_ours(tmp_path):
+    path = tmp_path / "calls.db"
+    cache = LeafCache(path)
+    cache.put_many({str(n): "x" * 1000 for n in range(200)})
+    cache.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    cache = LeafCache(path)
+    with pytest.raises(StoreError) as caught:
+        cache.get_many([str(n) for n in range(200)])
+    assert caught.value.code == "corrupt"
+    cache.close()
+
+
+def _opens(paths, barrier, me):
+    for path in paths:
+        barrier.wait(60)
+        cache = LeafCache(path)
+        for n in range(10):
+            cache.put(f"{me} {n}", n)
+            assert cache.get(f"{me} {n}") == n
+        cache.close()
+
+
+def test_processes_that_open_it_first_together_all_write_to_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    paths, barrier = [tmp_path / str(n) / "calls.db" for n in range(10)], context.Barrier(4)
+    processes = [context.Process(target=_opens, args=(paths, barrier, me)) for me in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    for path in paths:
+        cache = LeafCache(path)
+        keys = [f"{me} {n}" for me in range(4) for n in range(10)]
+        assert len(cache.get_many(keys)) == len(keys)
+        cache.close()

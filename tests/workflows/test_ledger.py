@@ -89,3 +89,17 @@ def test_limit_is_the_smaller_of_budget_and_plan():
 def test_a_negative_limit_is_refused():
     with pytest.raises(ConfigError, match="negative"):
         Ledger(Cost(-1, 0, 0))
+
+
+def test_finishing_has_its_whole_hold_again_in_a_resumed_run():
+    events: list[dict] = []
+    first = Ledger(
+        Cost(9, 9, 9), hold=Cost(2, 2, 2), journal=lambda e, d: events.append({"event": e, "data": d})
+    )
+    failed = first.reserve(Cost(2, 2, 2), finishing=True)
+    first.settle(failed, Cost(2, 2, 2))
+    again = Ledger(Cost(9, 9, 9), hold=Cost(2, 2, 2))
+    again.replay(events)
+    assert (again.spent, again.held) == (Cost(2, 2, 2), Cost(2, 2, 2))
+    assert again.reserve(Cost(6, 6, 6)) is None
+    assert again.reserve(Cost(5, 5, 5)) is not None

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,30 @@ def test_tokens_are_shown_but_not_kept(tmp_path):
     trace.close()
     assert [event.event for event in seen] == ["token"]
     assert list(read_trace(tmp_path / "t.jsonl")) == []
+
+
+def test_a_lone_surrogate_in_a_models_words_is_kept(tmp_path):
+    trace = Trace("r", tmp_path / "t.jsonl")
+    trace.emit("failure", message="half a \ud83d sign")
+    trace.close()
+    (event,) = read_trace(tmp_path / "t.jsonl")
+    assert event["data"]["message"] == "half a \ud83d sign"
+
+
+def test_what_the_disk_refuses_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError) as caught:
+        Trace("r", tmp_path / "file" / "t.jsonl")
+    assert caught.value.code == "unwritable"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_by_now_is_an_error_of_ours(tmp_path):
+    trace = Trace("r", tmp_path / "t.jsonl")
+    trace._file.close()
+    trace._file = open("/dev/full", "w")  # noqa: SIM115
+    for attempt in (lambda: trace.emit("run.start"), trace.close):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert caught.value.code == "no_space"
+    trace.close()

@@ -32,6 +32,7 @@ class Flow:
             if END not in self._from([name]):
                 raise self.source.error(("nodes", name), "it never leads to END", "add an edge to END")
         self._cycles_stop()
+        self._cycles_are_left_once()
         self._joins_wait()
 
     def visits(self, name: str) -> int:
@@ -110,6 +111,21 @@ class Flow:
                     ("nodes", name),
                     f"the cycle through {', '.join(round_)} never stops",
                     "give one of them max_visits",
+                )
+
+    def _cycles_are_left_once(self) -> None:
+        """What comes after a cycle is paid for once: no way leads there beside a further round, nor from one
+        of several branches.
+        """
+        for number, edge in enumerate(self.flow.edges):
+            cycle = self._cycle(edge.source) if edge.source != START else set()
+            out = [end for end in edge.ends() if end not in cycle and end != END]
+            branches = any(self.edges[name].targets for name in cycle)
+            if cycle and out and branches and (edge.targets or not self.flow.nodes[edge.source].defer):
+                raise self.source.error(
+                    ("edges", number),
+                    f"{edge.source} is in a cycle; {out[0]}, which is not, would run once for each round",
+                    "leave the cycle by match, from a node that waits for all branches (defer: true)",
                 )
 
     def _joins_wait(self) -> None:

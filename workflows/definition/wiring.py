@@ -160,7 +160,13 @@ class _Ports:
             self.fit(site)
 
     def reducer(self, key: str, writers: list[Site]) -> None:
-        mapped = any(self.mapped(site.name) for site in writers)
+        mapped = [site for site in writers if self.mapped(site.name)]
+        if len(mapped) > 1:
+            raise self.source.error(
+                ("state", key),
+                f"{mapped[0].name} and {mapped[1].name} write it; of what both read, one note would be kept",
+                f"a key for each; reads: [{mapped[0].name}, {mapped[1].name}]",
+            )
         if mapped and self.flow.state[key].reducer != "append":
             raise self.source.error(
                 ("state", key), "a mapped node writes it, many times at once", "reducer: append"

@@ -392,3 +392,46 @@ def test_offline_allows_this_machine_only(server: Server) -> None:
     assert open_endpoint("m", base_url=server.url, offline=True, window=4096).profile.context == 4096
     with pytest.raises(ConfigError):
         open_endpoint("m", base_url="https://models.example/v1", offline=True, window=4096)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+def test_a_server_on_this_machine_is_reached_without_a_proxy(
+    server: Server, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What is sent to a proxy leaves this machine, and --offline says that nothing does."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server.models = listing(max_model_len=4096)
+    model = open_endpoint("m", base_url=server.url, offline=True, window=None)
+    assert model.profile.context == 4096
+    assert asyncio.run(model.chat.ainvoke("hi")).text if way == "ainvoke" else model.chat.invoke("hi").text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:abc/v1",
+        "http://localhost:99999/v1",
+        "http://[::1/v1",
+        "http:///v1",
+        "ftp://localhost/v1",
+        "http://me:hunter2@localhost:abc/v1",
+    ],
+)
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_no_url_is_named_without_a_password(url: str, offline: bool) -> None:
+    with pytest.raises(ConfigError, match="is not an endpoint") as caught:
+        open_endpoint("m", base_url=url, offline=offline, window=4096)
+    assert caught.value.hint
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_login_comes_from_the_setting_for_the_same_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTCTX_BASE_URL", "http://me:hunter2@localhost:8000/v1")
+    same, other = (endpoint_chat("m", base_url=f"http://localhost:{port}/v1") for port in (8000, 8001))
+    assert same.openai_api_base == "http://me:hunter2@localhost:8000/v1"
+    assert other.openai_api_base == "http://localhost:8001/v1"
+    monkeypatch.setenv("AGENTCTX_BASE_URL", "http://[::1")
+    assert endpoint_chat("m", base_url="http://localhost:8000/v1").place == "http://localhost:8000/v1"

@@ -4,8 +4,10 @@ The killed run is a real process with real files and a real connection to an end
 imported everything starts it, because imports take longer than all the rest.
 """
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -81,6 +83,38 @@ def test_k4_a_killed_run_repeats_no_finished_call_and_ends_the_same(case, tmp_pa
             assert resumed[name] == expected[name], (place, name)
         for name, ceiling in resumed["plan"]["ceiling"].items():
             assert resumed["usage"][name] <= ceiling
+
+
+def _wiped(folder):
+    shutil.rmtree(paths_in(folder).cache)
+
+
+def _with_window(tokens):
+    def change(folder):
+        path = Runs(paths_in(folder).runs).folder("r") / "run.json"
+        manifest = json.loads(path.read_text())
+        manifest["model"]["window"] = tokens
+        path.write_text(json.dumps(manifest))
+
+    return change
+
+
+@pytest.mark.parametrize("change", [_wiped, _with_window(6000), _with_window(1600)])
+def test_a_killed_run_is_taken_up_where_little_is_as_it_was(change, tmp_path, forks, endpoint):
+    """The cache was deleted, or the server takes more or fewer tokens: what a checkpoint names is not there."""
+    case = next(case for case in EACH if case.strategy == "map_reduce" and case.kind == "search")
+    arguments = (case.strategy, case.kind, endpoint.url)
+    whole = tmp_path / "whole"
+    assert _exit_code(forks, run, *arguments, whole, 2400, ("never", "", 1)) == 0
+    for number, place in enumerate(_places(_events(whole))[-3:]):
+        folder = tmp_path / str(number)
+        assert _exit_code(forks, run, *arguments, folder, 2400, place) == -signal.SIGKILL, place
+        change(folder)
+        assert _exit_code(forks, resume, folder) == 0
+        answer = _answer(folder)
+        assert (answer["status"], "Zed is K77" in answer["text"]) == ("complete", True), place
+        assert answer["coverage"]["read"] == answer["coverage"]["total"]
+        assert {citation["verdict"] for citation in answer["citations"]} == {"supported"}
 
 
 def _exit_code(forks, target, *arguments):

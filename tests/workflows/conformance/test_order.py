@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from conformance_cases import (
     spent,
 )
 
-from agentctx.api import Stop
+from agentctx.api import Context, Stop
 from agentctx.memory.errors import BudgetExceeded, InputError
 from agentctx.testing import ScriptedChat, WordCounter, finding
 
@@ -99,15 +100,15 @@ def test_k11_injected_orders_change_no_file_no_budget_and_no_source(case, tmp_pa
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)
-def test_k12_it_can_be_stopped_at_any_event_and_completed_later(case, tmp_path):
+def test_k12_it_can_be_stopped_at_any_event_and_completed_later(case, tmp_path, monkeypatch):
     events = []
     whole = case.run(opened(chat_of(), haystack()), on_event=events.append)
     last = len(events) - 1
     for number, after in enumerate(sorted({1, 4, last, *(last * part // 7 for part in range(1, 7))})):
-        _stopped(case, after, bool(number % 2), whole, paths_in(tmp_path / str(after)))
+        _stopped(case, after, bool(number % 2), whole, paths_in(tmp_path / str(after)), monkeypatch)
 
 
-def _stopped(case, after, twice, whole, paths):
+def _stopped(case, after, twice, whole, paths, monkeypatch):
     stop, seen = Stop(), []
 
     def listen(event):
@@ -119,14 +120,18 @@ def _stopped(case, after, twice, whole, paths):
 
     chat = chat_of(delay=0.001 if twice else 0.0)
     ctx = opened(chat, haystack(), paths=paths)
-    first = case.run(ctx, stop=stop, on_event=listen)
+    # A scripted model cannot be opened by name: what opens models gives back this one.
+    ctx = replace(ctx, model_options={"name": "scripted"})
+    monkeypatch.setattr("agentctx.models.load.open_model", lambda **_: ctx.model)
+    first = case.run(ctx, stop=stop, on_event=listen, run_id="r")
     assert first.status in ("complete", "partial", "unanswerable")
     if first.status == "partial":
         assert first.stopped_because == "interrupted"
     if first.stopped_because is None:
         assert first.text == whole.text
     assert first.coverage.total == whole.coverage.total
-    again = case.run(ctx)
+    again = Context.resume("r", paths=paths)
+    assert again.status == "complete", again.warnings
     assert (again.text, again.status, again.citations) == (whole.text, "complete", whole.citations)
     prompts = len(set(chat.prompts))
     assert len(chat.prompts) - prompts <= (ctx.model.profile.concurrency if twice else 0), (

@@ -150,6 +150,74 @@ def test_a_cycle_needs_a_stop(tmp_path):
     assert opened(tmp_path, LOOP.replace("{type: split}", "{type: split, max_visits: 2}")).name == "small"
 
 
+ROUNDS = """\
+version: 1
+name: rounds
+nodes:
+  cut: {type: split}
+  pick: {type: select, with: {k: 1}, max_visits: 12}
+  again: {type: filter, with: {words: [e]}}
+  more: {type: filter, with: {words: [a]}}
+  both: {type: answer, reads: pick, defer: true}
+  say: {type: answer, reads: pick}
+edges:
+  - {source: START, target: cut}
+  - {source: cut, target: pick}
+  - {source: pick, targets: [again, more]}
+  - {source: again, target: both}
+  - {source: more, target: both}
+  - {source: both, match: {path: no_information, cases: {true: pick}, default: say}}
+  - {source: say, target: END}
+"""
+
+
+def test_what_follows_a_cycle_runs_once(tmp_path):
+    flow = opened(tmp_path, ROUNDS)
+    assert {name: site.visits for name, site in flow.wiring.sites.items()}["say"] == 1
+    beside = ROUNDS.replace("[again, more]", "[again, say]")
+    for gone in ("  more: {type: filter, with: {words: [a]}}\n", "  - {source: more, target: both}\n"):
+        beside = beside.replace(gone, "")
+    assert "say, which is not, would run once for each round" in refused(tmp_path, beside).message
+    branch = ROUNDS.replace(
+        "{source: more, target: both}",
+        "{source: more, match: {path: no_information, cases: {true: say}, default: both}}",
+    )
+    assert "more is in a cycle; say, which is not" in refused(tmp_path, branch).message
+
+
+TWICE = """\
+version: 1
+name: twice
+state:
+  notes: {type: records, reducer: append}
+nodes:
+  cut: {type: split, with: {chunk_tokens: 200}}
+  note: {type: read, writes: notes}
+  pick: {type: select, with: {k: 1000}, reads: cut}
+  more: {type: read, with: {question: "Which numbers stand there?"}, writes: notes}
+  table: {type: list, reads: notes}
+edges:
+  - {source: START, target: cut}
+  - {source: cut, map: {over: cut, as: part, node: note}}
+  - {source: note, target: pick}
+  - {source: pick, map: {over: pick, as: part, node: more}}
+  - {source: more, target: table}
+  - {source: table, target: END}
+"""
+
+
+def test_two_reads_of_the_same_chunks_need_a_key_for_each(tmp_path):
+    error = refused(tmp_path, TWICE)
+    assert "flow.yaml:4: state.notes: note and more write it" in error.message
+    assert "reads: [note, more]" in error.hint
+    apart = TWICE.replace(", writes: notes", "").replace("reads: notes", "reads: [note, more]")
+    apart = apart.replace("state:\n  notes: {type: records, reducer: append}\n", "")
+    assert [port.key for port in opened(tmp_path, apart).wiring.sites["table"].ports] == [
+        "note_out",
+        "more_out",
+    ]
+
+
 def test_what_parallel_branches_join_in_waits_for_them(tmp_path):
     text = """\
 version: 1
