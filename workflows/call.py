@@ -129,7 +129,7 @@ async def _in_halves(
     """
     if role.schema is None or role.schema.joins is None:
         return failure
-    parts = await asyncio.to_thread(halves, pieces, _sources(run), run.scope.counter)
+    parts = await asyncio.to_thread(halves, pieces, _labels(run), run.scope.counter)
     if parts is None:
         return failure
     if not run.take_retry(2):
@@ -149,7 +149,8 @@ async def _in_halves(
     return Record(key, role.name, data)
 
 
-def _sources(run: RunContext) -> frozenset[str]:
+def _labels(run: RunContext) -> frozenset[str]:
+    """Of the documents of the run."""
     return run.scope.keep("sources", lambda: frozenset(run.scope.labels()))
 
 
@@ -207,7 +208,7 @@ async def _attempts(
 
 def _sources(run: RunContext, pieces: Pieces) -> Set[str]:
     """The documents whose text the pieces hold: notes and what tools gave may quote any of the run's."""
-    every = run.scope.keep("sources", lambda: frozenset(run.scope.labels()))
+    every = _labels(run)
     labels = {label for label, _ in pieces}
     return labels if labels <= every else every
 

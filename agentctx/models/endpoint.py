@@ -7,7 +7,6 @@ two failures that servers report as success: a cut prompt, and a stream that end
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import ipaddress
 import os
@@ -28,7 +27,7 @@ from agentctx.memory.errors import ConfigError, ModelError
 from agentctx.memory.types import Notice
 from agentctx.models.counters import EstimateCounter, least_tokens
 from agentctx.models.endpoint_errors import CLIENT_ERRORS, as_model_error
-from agentctx.models.endpoint_transport import lanes_client
+from agentctx.models.endpoint_transport import NO_PROXY, direct_client, lanes_client
 from agentctx.models.load import Model
 from agentctx.models.weights import LOADER
 from agentctx.secret import without_login
@@ -40,7 +39,6 @@ CONCURRENCY = 8  # calls in flight, unless the user says otherwise
 DEFAULT_WINDOW = 8192  # tokens, where neither the user nor the endpoint says
 TIMEOUT = 300.0  # seconds without a byte
 _PLAIN = frozenset({"model", "messages", "max_tokens", "temperature", "stream", "stop"})  # of a payload
-_NO_PROXY = {"http://": None, "https://": None}  # the client's own transport, whatever the environment says
 _PROBE_TIMEOUT = 10.0  # seconds to ask for the window
 _WINDOW_FIELDS = ("max_model_len", "loaded_context_length", "context_length", "context_window", "n_ctx")
 _JUDGED_FROM = 256  # words; below, a template could outweigh the text
@@ -196,10 +194,10 @@ def endpoint_chat(
         )
     if base_url is not None:
         base_url = _checked_url(base_url)
-    direct = _direct(base_url) if base_url and _is_loopback(base_url) else (None, None)
+    direct = base_url is not None and _is_loopback(base_url)
     return EndpointChat(
-        http_client=direct[0],
-        http_async_client=direct[1],
+        http_client=direct_client(base_url) if base_url and direct else None,
+        http_async_client=lanes_client(base_url, concurrency, timeout, direct=direct),
         model=name,
         base_url=base_url,
         api_key=SecretStr(key or "none"),
@@ -209,7 +207,6 @@ def endpoint_chat(
         max_retries=0,
         stream_usage=True,
         use_responses_api=False,
-        http_async_client=lanes_client(base_url, concurrency, timeout),
     )
 
 
@@ -252,17 +249,8 @@ def _probe(chat: EndpointChat) -> openai.OpenAI:
         base_url=url,
         max_retries=0,
         timeout=_PROBE_TIMEOUT,
-        http_client=openai.DefaultHttpxClient(mounts=_NO_PROXY) if url and _is_loopback(url) else None,
+        http_client=openai.DefaultHttpxClient(mounts=NO_PROXY) if url and _is_loopback(url) else None,
     )
-
-
-@functools.cache
-def _direct(base_url: str) -> tuple[openai.DefaultHttpxClient, openai.DefaultAsyncHttpxClient]:
-    """Clients that reach a server on this machine without the proxy that the environment names.
-
-    Kept with their connections, as langchain-openai keeps its own.
-    """
-    return openai.DefaultHttpxClient(mounts=_NO_PROXY), openai.DefaultAsyncHttpxClient(mounts=_NO_PROXY)
 
 
 def _ask_window(chat: EndpointChat) -> int | None:

@@ -16,6 +16,7 @@ import openai
 
 from agentctx.models.endpoint_errors import TRANSPORT
 
+NO_PROXY = {"http://": None, "https://": None}  # the client's own transport, whatever the environment says
 KEEPALIVE = 5.0  # seconds that an idle connection is kept, as openai's own client keeps them
 
 
@@ -44,11 +45,22 @@ class Lanes(TRANSPORT.AsyncBaseTransport):  # type: ignore[misc]  # of httpx or 
             await lane.aclose()
 
 
-def lanes_client(base_url: str | None, lanes: int, timeout: float) -> Any | None:
-    """An HTTP client for openai's; None where a proxy is set, which only a client of its own making finds."""
-    return None if getproxies() else _client(base_url, lanes, timeout)
+def lanes_client(base_url: str | None, lanes: int, timeout: float, *, direct: bool) -> Any | None:
+    """An HTTP client for openai's; None where a proxy is set, which only a client of its own making finds.
+
+    `direct`: the endpoint is on this machine, and a proxy is not for it.
+    """
+    return _client(base_url, lanes, timeout, direct) if direct or not getproxies() else None
 
 
 @functools.cache  # for the whole process and each endpoint: connections outlive the context that opened them
-def _client(base_url: str | None, lanes: int, timeout: float) -> Any:
-    return openai.DefaultAsyncHttpxClient(timeout=timeout, transport=Lanes(lanes))
+def _client(base_url: str | None, lanes: int, timeout: float, direct: bool) -> Any:
+    return openai.DefaultAsyncHttpxClient(
+        timeout=timeout, transport=Lanes(lanes), mounts=NO_PROXY if direct else None
+    )
+
+
+@functools.cache
+def direct_client(base_url: str) -> openai.DefaultHttpxClient:
+    """For calls that wait, to an endpoint on this machine: without the proxy that the environment names."""
+    return openai.DefaultHttpxClient(mounts=NO_PROXY)

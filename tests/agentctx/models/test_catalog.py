@@ -256,7 +256,7 @@ def test_life_of_a_copy_of_a_gguf_of_the_user(gguf: Path, paths: Paths) -> None:
 
 
 def copies(paths: Paths) -> list[Installed]:
-    return [row for row in installed(paths) if row.name not in TABLE]
+    return [row for row in installed(paths) if row.name not in FETCHABLE]
 
 
 def test_half_a_copy_is_listed_and_removed(paths: Paths) -> None:
