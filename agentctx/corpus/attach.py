@@ -26,6 +26,9 @@ def with_index(model: Model, paths: Paths) -> Model:
     folder = folder_of(paths.index, model)
     if not (folder / DATABASE).is_file() or not usable(model):
         return model
+    if getattr(model.chat, "exact", False):
+        said = "the index is not used: answers over composed KV are not those of dense attention"
+        return replace(model, warnings=(*model.warnings, Notice("index", said, str(folder))))
     try:
         return replace(model, index=Index(folder, model))
     except StoreError as error:

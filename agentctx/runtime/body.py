@@ -46,3 +46,13 @@ class Body(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., V]`, in the dtype of the weights, of hidden states `[..., H]`."""
         ...
+
+
+def forward(body: Body, ids: Tensor, state: KVState) -> Tensor:
+    """A pass over `state`, which is as it was if the pass fails or is interrupted."""
+    before = state.length
+    try:
+        return body.forward(ids, state)
+    except BaseException:
+        state.crop(state.length - before)
+        raise

@@ -7,7 +7,6 @@ shares the pages, and what it adds is its own.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agentctx.memory.errors import ConfigError, ModelError, StoreError
-from agentctx.memory.kv.chain import Block, blocks
+from agentctx.memory.kv.chain import Block, blocks, root_after
 from agentctx.memory.kv.choices import Choices
 from agentctx.memory.kv.dtype import Keep, KVDtype
 from agentctx.memory.kv.pool import PAGE_TOKENS
@@ -24,7 +23,7 @@ from agentctx.memory.kv.prefixes import PrefixIndex
 from agentctx.memory.kv.quantised import pool_of
 from agentctx.memory.kv.store import BlockStore
 from agentctx.memory.kv.table import BlockTable
-from agentctx.runtime.body import Body
+from agentctx.runtime.body import Body, forward
 from agentctx.runtime.context import Context
 from agentctx.runtime.methods.dense import Dense
 from agentctx.runtime.state import KVState
@@ -63,9 +62,9 @@ class Engine:
         self.store = store
         self.lock = threading.RLock()
         held = f" {kv_dtype}" if kv_dtype in ("int8", "int4") else ""
-        self.root = _named_after(fingerprint, self.method.writes + held)
+        self.root = root_after(fingerprint, self.method.writes + held)
         asked = "" if self.method == Dense() else repr(self.method)
-        self.identity = _named_after(fingerprint, asked + held)
+        self.identity = root_after(fingerprint, asked + held)
 
     @property
     def window(self) -> int:
@@ -99,7 +98,7 @@ class Engine:
         `progress` is told the tokens held and wanted.
         """
         self.fits(len(ids))
-        context = self._known(ids, self._named(ids, keep))
+        context = self._known(ids, self._named(ids, keep), keep)
         with _closed_if_it_fails([context]):
             self._continue(context, ids, keep, cancelled, progress)
             return self.method.reduce(context, len(ids), asked)
@@ -121,7 +120,7 @@ class Engine:
         with _closed_if_it_fails(found):
             for index, ids in enumerate(texts):
                 self.fits(len(ids))
-                found.append(context := self._known(ids, self._named(ids, keep)))
+                found.append(context := self._known(ids, self._named(ids, keep), keep))
                 if not context.ids and len(ids) <= CHUNK:
                     fresh.append(index)
                 else:
@@ -152,7 +151,7 @@ class Engine:
         named = self._named(ids[:read], keep)
         if named and named[-1].end % PAGE_TOKENS:
             named.pop()
-        context = self._known(ids[:-1], named)
+        context = self._known(ids[:-1], named, keep)
         with _closed_if_it_fails(held := [context]):
             at = len(context.ids)
             hidden = context.feed(ids[at:read], cancelled=cancelled)
@@ -172,12 +171,8 @@ class Engine:
 
         Raises StoreError (no_space, unwritable).
         """
-        for block in self._named(context.ids, keep) if self.store else ():
-            if self.store and block.name not in self.store:
-                page = context.table.pages[block.start // PAGE_TOKENS]
-                with self.lock:
-                    k, v = self.pool.read(page, block.end - block.start)
-                self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
+        for block in self._named(context.ids, keep):
+            self._put(context, block, keep)
 
     def name(
         self, ids: Sequence[int], documents: Collection[str], keep: Keep = True, *, first: int = 0
@@ -200,14 +195,14 @@ class Engine:
         body = self.body if spoken else self._plain
         with self.lock, torch.inference_mode():
             if len(contexts) == 1 and not pads:
-                return _forward(body, ids, contexts[0].state)
+                return forward(body, ids, contexts[0].state)
             tables = [context.table for context in contexts]
             padding = pads or [0] * len(tables)
             shifts = [table.tokens - pad for table, pad in zip(tables, padding, strict=True)]
             first, notes = contexts[0].state, [context.state.notes[0] for context in contexts]
             pasts = [context.state.pasts[0] for context in contexts]
             state = KVState(self.pool, tables, first.method, shifts, 0, first.reading, notes, pasts)
-            hidden = _forward(body, ids, state)
+            hidden = forward(body, ids, state)
             for context in contexts:
                 context.state.settle()
             return hidden
@@ -248,11 +243,11 @@ class Engine:
             self._remember(context, self._named(ids, keep), 0, keep)
 
     def _named(self, ids: Sequence[int], keep: Keep) -> list[Block]:
-        root = _named_after(self.root, keep if isinstance(keep, str) else "")
+        root = root_after(self.root, keep if isinstance(keep, str) else "")
         return list(blocks(ids, root, self.method.grid))
 
-    def _known(self, ids: Sequence[int], named: Sequence[Block]) -> Context:
-        """What is held of the beginning of `ids`, in memory or on disk."""
+    def _known(self, ids: Sequence[int], named: Sequence[Block], keep: Keep) -> Context:
+        """What is held of the beginning of `ids`, in memory or on disk; with `keep`, then on disk as well."""
         warnings: list[str] = []
         with self.lock:
             table, held = BlockTable(self.pool), 0
@@ -275,7 +270,9 @@ class Engine:
                 table.crop(held)
             self._used([block.name for block in named if block.end <= held])
             state = KVState(self.pool, [table], self.method, [held], reading=True)
-            return Context(self, state, list(ids[:held]), reused=held, warnings=warnings)
+            context = Context(self, state, list(ids[:held]), reused=held, warnings=warnings)
+        self._keep_blocks(context, [block for block in named if block.end <= held], keep)
+        return context
 
     def _load(self, block: Block, warnings: list[str]) -> int | None:
         """A page with a block from the disk; the index holds it."""
@@ -305,32 +302,33 @@ class Engine:
         with self.lock:
             pages = [context.table.pages[block.start // PAGE_TOKENS] for block in fresh]
             self.prefixes.add(fresh, pages)
-            if keep and self.store is not None:
-                try:
-                    for block, page in zip(fresh, pages, strict=True):
-                        k, v = self.pool.read(page, block.end - block.start)
-                        self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
-                except StoreError as error:  # the answer does not depend on it
-                    said = f"{error.message}; the text will be read again next time"
-                    if said not in context.warnings:
-                        context.warnings.append(said)
+            self._keep_blocks(context, fresh, keep)
             self.pool.filled(context.table.pages[: len(context.ids) // PAGE_TOKENS])
             self._used([block.name for block in held])
+
+    def _keep_blocks(self, context: Context, wanted: Sequence[Block], keep: Keep) -> None:
+        """With `keep`, write what is not on disk of these blocks. The answer does not depend on it: an error
+        is a warning.
+        """
+        try:
+            for block in wanted if keep else ():
+                self._put(context, block, keep)
+        except StoreError as error:
+            said = f"{error.message}; the text will be read again next time"
+            if said not in context.warnings:
+                context.warnings.append(said)
+
+    def _put(self, context: Context, block: Block, keep: Keep) -> None:
+        if self.store is not None and block.name not in self.store:
+            with self.lock:
+                page = context.table.pages[block.start // PAGE_TOKENS]
+                k, v = self.pool.read(page, block.end - block.start)
+            self.store.put(block.name, k, v, keep if isinstance(keep, str) else None)
 
     def _used(self, names: Sequence[str]) -> None:
         self.prefixes.used(names)
         if self.store is not None:
             self.store.used(names)
-
-
-def _forward(body: Body, ids: Tensor, state: KVState) -> Tensor:
-    """A pass over `state`, which is as it was if the pass fails or is interrupted."""
-    before = state.length
-    try:
-        return body.forward(ids, state)
-    except BaseException:
-        state.crop(state.length - before)
-        raise
 
 
 @contextmanager
@@ -342,8 +340,3 @@ def _closed_if_it_fails(contexts: list[Context]) -> Iterator[None]:
         for context in contexts:
             context.close()
         raise
-
-
-def _named_after(fingerprint: str, method: str) -> str:
-    """A fingerprint that changes with what a method does; plain without one."""
-    return hashlib.sha256(f"{fingerprint} {method}".encode()).hexdigest() if method else fingerprint

@@ -38,3 +38,8 @@ def blocks(ids: Sequence[int], root: str, grid: int = PAGE_TOKENS) -> Iterator[B
 
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
+
+
+def root_after(fingerprint: str, difference: str) -> str:
+    """The root of readings that differ from the plain ones of a model in something; "" is those."""
+    return hashlib.sha256(f"{fingerprint} {difference}".encode()).hexdigest() if difference else fingerprint

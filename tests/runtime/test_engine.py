@@ -407,3 +407,11 @@ def test_two_processes_at_once_are_both_right(tiny_model: Path, kv: Path) -> Non
     assert first[-1] == second[-1] == third[-1]
     assert third[1:4] == [0, third[0], []] and first[3] == second[3] == []
     assert not list(kv.glob("*/*/.*"))
+
+
+def test_what_was_in_memory_only_goes_to_disk_when_it_is_to_be_kept(kv: Path) -> None:
+    first = engine(kv)
+    first.read(TEXT).close()
+    assert not list(kv.rglob("*.kv"))
+    assert first.read(TEXT, keep=True).computed == 0
+    assert engine(kv).read(TEXT).computed == 0
