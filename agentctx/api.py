@@ -96,15 +96,14 @@ class Context:
         `kv_dtype`: how what it has read is held in memory, "int8" and "int4" take a half and a quarter.
         `embed`: "minilm" finds passages by meaning too ("auto": if it is here). `ephemeral`: write nothing.
         `kv_bytes`: of disk, for what a local model has read, so that it is not read again; `memory_bytes`: of
-        memory, for the model and what it reads (None: 60 % of what is free). `offline`: download nothing, and
-        let LangChain's tracing upload nothing. `concurrency`: calls in flight at an endpoint (None: 8).
-        Raises InputError if nothing can be read, ModelError or ConfigError for the model.
+        memory, for the model and what it reads (None: 60 % of what is free). `offline`: download nothing and
+        upload no traces. `concurrency`: calls in flight at an endpoint (None: 8). Raises InputError if
+        nothing can be read, ModelError or ConfigError for the model.
         """
         from agentctx.corpus.attach import with_index
         from agentctx.models.load import open_model
 
-        corpus = corpus_of(sources, text, selection or Selection(), stdin)
-        paths = paths or Paths.default()
+        corpus, paths = corpus_of(sources, text, selection or Selection(), stdin), paths or Paths.default()
         options: dict[str, Any] = {}
         if isinstance(model, str):
             options = {

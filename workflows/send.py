@@ -159,9 +159,7 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
                 return reply.model_copy(update={"content": without_surrogates(reply.content)})
             except (AgentctxError, TimeoutError):
                 raise
-            # The one door to chat models of others: what they may raise cannot be listed, and one failed
-            # call must not end a run.
-            except Exception as foreign:
+            except Exception as foreign:  # foreign code: what chat models of others raise cannot be listed
                 said = without_surrogates(f"{type(foreign).__name__}: {foreign}"[:500])
                 raise ModelError(said) from foreign
 
