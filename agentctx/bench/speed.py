@@ -34,6 +34,7 @@ DROPPED = 2  # rounds that only warm up
 STEPS = 3  # tokens that each decodes in a round
 LONG = 8192  # tokens above which a third of the rounds is enough
 RELOADED = 8192
+SLOW = 8192  # tokens above which llama.cpp, whose prefill takes minutes there, is left out
 PEERS = ("transformers", "llama.cpp")
 Say = Callable[[str], None]
 
@@ -119,7 +120,10 @@ class Contest:
         try:
             if self.place.gguf is None:
                 raise ImportError("the model is not from a GGUF file")
-            peers.append(("llama.cpp", LlamaCpp(self.place.gguf, tokens, self.plan.threads)))
+            if tokens <= SLOW:
+                peers.append(("llama.cpp", LlamaCpp(self.place.gguf, tokens, self.plan.threads)))
+            else:
+                self.report["missing"]["llama.cpp"] = f"not measured above {SLOW:,} tokens: it takes minutes"
         except ImportError as error:
             self.report["missing"]["llama.cpp"] = f"not measured: {error}"
         rounds = self.plan.rounds if tokens <= LONG else max(1, self.plan.rounds // 3)
