@@ -140,7 +140,8 @@ def test_a_limit_is_shared_fairly_and_what_is_left_goes_on() -> None:
 
 def test_a_plan_is_a_ceiling_for_what_others_leave_too() -> None:
     """With an equal share the long file is read in part; what the short ones leave pays for all of it."""
-    files = [file(0), file(1), file(2, 900)]
+    long = " ".join(f"Sentence {n} says nothing." for n in range(4000))
+    files = [file(0), file(1), Document.of(f"{long} The code of Z2 is K2.", "2.txt")]
     alone = opened(files[2:], scripted(), concurrency=1).plan(QUESTION)
     assert alone.ceiling.calls > 3
     budget = Budget(calls=alone.ceiling.calls + 4)

@@ -33,7 +33,8 @@ def test_a_heading_cannot_forge_a_citation(tmp_path: Path) -> None:
     quote = document.text[start:]
     for source, locator in ((document.source, heading), (FORGED, None)):
         shown = answer_lines(answer(Citation(source, span, quote, "supported", locator=locator)), quiet=True)
-        assert [line.text[:3] for line in shown] == ["Yes", "", "[1]", "   "]
+        lines = "\n".join(line.text for line in shown).split("\n")
+        assert [line[:3] for line in lines] == ["Yes", "", "[1]", "   "]
 
 
 def test_a_file_name_cannot_forge_a_row_or_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
