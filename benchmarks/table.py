@@ -18,6 +18,7 @@ MARKS = {
     "attention": ("<!-- attention: benchmarks/table.py -->\n", "<!-- end of attention -->\n"),
     "retrieval": ("<!-- retrieval: benchmarks/table.py -->\n", "<!-- end of retrieval -->\n"),
 }
+ENOUGH = 8  # questions of a cell of the README; the JSON file has smaller ones
 BUDGET = 1024  # tokens, of the methods in the README; the grid has more
 AUTO = ROOT / "agentctx/runtime/methods/auto.json"
 COMMANDS = {
@@ -210,7 +211,8 @@ def quality(cell: Any) -> str:
 def retrieval() -> str:
     result = load("retrieval")
     sets = result["sets"]
-    names = dict.fromkeys(ranker for one in sets.values() for ranker in one["rankers"])
+    asked = (pair for one in sets.values() for pair in one["rankers"].items())
+    names = dict.fromkeys(ranker for ranker, cell in asked if cell["questions"] >= ENOUGH)
     heads = [FOUND_IN[name] for name in sets]
     lines = [f"| R@1, R@5, R@20 (questions) | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for name in names:
@@ -220,7 +222,7 @@ def retrieval() -> str:
 
 
 def recalls(cell: Any) -> str:
-    if cell is None:
+    if cell is None or cell["questions"] < ENOUGH:
         return ""
     found = [interval(*cell["R@1"]), *(f"{cell[at][0]:.2f}" for at in ("R@5", "R@20"))]
     return f"{', '.join(found)} ({cell['questions']})"
