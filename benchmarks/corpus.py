@@ -50,7 +50,8 @@ from agentctx.workflows.roles import SHORT_ANSWER
 COUNTS = (1, 2, 4, 8)
 REPAIR = 16  # tokens
 SHARE = 0.15  # of a passage's tokens
-WAYS = ("contiguous", "composed", "first 16", "changed .15", "random .15")
+CHANGED = "changed .15"
+WAYS = ("contiguous", "composed", "first 16", CHANGED, "random .15")
 BLOCKS = (1_000, 10_000, 100_000)
 WIDTH = 576  # numbers of a vector of the embedded model
 ANSWER = 24  # tokens
@@ -208,29 +209,41 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means and intervals of all that was measured."""
     found: dict[str, Any] = {}
     for passages in COUNTS:
-        mine = [one for one in lines if one["part"] == "compose" and one["passages"] == passages]
+        mine = {
+            one["id"]: one for one in lines if one["part"] == "compose" and one["passages"] == passages
+        }  # the last of each counts: earlier ones knew fewer ways
         if not mine:
             continue
-        cell: dict[str, Any] = {"n": len(mine)}
-        for name in WAYS:
-            cell[name] = {
-                "right": _interval([float(one[name]["right"]) for one in mine]),
-                "same_token": _interval([one[name]["same"] for one in mine]),
-                "kl": _interval([one[name]["kl"] for one in mine]),
-                "computed": round(statistics.mean(one[name]["computed"] for one in mine)),
-                "seconds": round(statistics.median(one[name]["seconds"] for one in mine), 3),
-            }
+        cell = {name: _cell([one[name] for one in mine.values() if name in one]) for name in WAYS}
+        full = [one for one in mine.values() if CHANGED in one]
         for other in ("composed", "first 16", "random .15"):
-            gains = {
-                key: _interval([float(one["changed .15"][of]) - one[other][of] for one in mine])
-                for key, of in (("right", "right"), ("same_token", "same"), ("kl", "kl"))
+            cell[f"{CHANGED} less {other}"] = {
+                key: _interval([float(one[CHANGED][key]) - one[other][key] for one in full])
+                for key in ("right", "same", "kl")
+                if full
             }
-            cell[f"changed .15 less {other}"] = gains
         found[f"{passages} passages"] = cell
     return {
         "compose": found,
         "questions": [one for one in lines if one["part"] == "questions"],
         "search": [one for one in lines if one["part"] == "search"],
+    }
+
+
+def _cell(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What one way gave: `n` items (divergence and seconds of `n_kl`, earlier ones had none), means with
+    intervals, tokens computed, and median seconds.
+    """
+    if not found:
+        return {"n": 0}
+    timed = [one["seconds"] for one in found if "seconds" in one]
+    means = {key: [float(one[key]) for one in found if key in one] for key in ("right", "same", "kl")}
+    return {
+        "n": len(found),
+        "n_kl": len(means["kl"]),
+        **{key: _interval(values) for key, values in means.items() if values},
+        "computed": round(statistics.mean(one["computed"] for one in found)),
+        "seconds": round(statistics.median(timed), 3) if timed else None,
     }
 
 
@@ -250,7 +263,11 @@ def main() -> None:
     options = parser.parse_args()
     log = options.out.with_suffix(".jsonl")
     lines = [json.loads(line) for line in log.open()] if log.exists() else []
-    done = {(one["part"], one["id"], one.get("passages")) for one in lines}
+    done = {
+        (one["part"], one["id"], one.get("passages"))
+        for one in lines
+        if one["part"] != "compose" or CHANGED in one
+    }
 
     def keep(line: dict[str, Any]) -> None:
         line["load"] = round(os.getloadavg()[0], 1)  # above the number of cores, seconds say little
