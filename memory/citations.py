@@ -48,14 +48,15 @@ class Verifier:
         """Locate `quote`, which is said to come from the document `cited_id` (None: from any of them).
 
         Of several places the one closest to the offset `near` is taken, or the first. One that starts at
-        `near` was chosen by code, and may cut a word. `shown`: what its writer was shown; a place inside one
-        of these goes before all others, even if only a looser comparison finds it, and one elsewhere in their
-        documents before those in other documents.
+        `near` was chosen by code, and may cut a word.
 
         `supported`: it occurs in the cited document. `misattributed`: it occurs in another one; the true
         place is given. `stitched`: it occurs nowhere in one piece, but two to four fragments of one document
         cover it; the citation gives the first fragment's span and all fragments' text, and `fragments` gives
         every span. `not_found`: neither; the quote is then the caller's own.
+
+        `shown`: what the writer of the quote was shown. A place inside one of these goes before all others,
+        even if only a looser comparison finds it, and one elsewhere in their documents before the rest.
         """
         first = dict.fromkeys([cited_id] if cited_id is not None else (span.document_id for span in shown))
         cited = [self._texts[name] for name in first if name in self._texts]
@@ -142,25 +143,28 @@ class _Text:
         return Span(self.document.id, start, end)
 
 
+_Compare = Callable[[_Text, str], Iterator[Span]]
+
+
 def _first(texts: Sequence[_Text], quote: str, near: int | None, inside: Sequence[Span] = ()) -> Span | None:
     """The place of the quote by the strictest comparison that finds one: the first, or the closest.
 
     Only places inside one of the spans `inside`, if there are any.
     """
     wrapped = quote.strip(_WRAPPING).removesuffix("...").removeprefix("...")
-    comparisons: tuple[Callable[[_Text, str], Iterator[Span]], ...] = (
+    comparisons: tuple[_Compare, ...] = (
         _Text.exact,
         _Text.alike,
         _Text.hyphenated,
     )
+    if inside:
+        comparisons = tuple(_within(inside, compare) for compare in comparisons)
     for wanted in dict.fromkeys((quote.strip(), wrapped.strip())):
         long_enough = len("".join(wanted.split())) >= LEAST
         for compare in comparisons:
             for text in texts:
                 spans = (span for span in compare(text, wanted) if long_enough or text.is_unit(span))
                 spans = (span for span in spans if span.start == near or text.is_whole(span))
-                if inside:
-                    spans = (span for span in spans if any(_holds(one, span) for one in inside))
                 if near is None:
                     found = next(spans, None)
                 else:
@@ -170,8 +174,16 @@ def _first(texts: Sequence[_Text], quote: str, near: int | None, inside: Sequenc
     return None
 
 
-def _holds(outer: Span, inner: Span) -> bool:
-    return outer.document_id == inner.document_id and outer.start <= inner.start and inner.end <= outer.end
+def _within(outer: Sequence[Span], compare: _Compare) -> _Compare:
+    """The comparison, but only of places inside one of the spans."""
+
+    def inside(text: _Text, wanted: str) -> Iterator[Span]:
+        mine = [span for span in outer if span.document_id == text.document.id]
+        for place in compare(text, wanted):
+            if any(span.start <= place.start and place.end <= span.end for span in mine):
+                yield place
+
+    return inside
 
 
 def _occurrences(text: str, wanted: str) -> Iterator[int]:

@@ -107,8 +107,8 @@ def at_home(
     for number in sorted(reads, key=int):
         spans = [made.chunks[i].span for i in made.reads[int(number)].chunks]
         everywhere += spans
-        for point in stated(records[reads[number]]) or ():
-            for quote in point["quotes"]:
+        for noted in stated(records[reads[number]]) or ():
+            for quote in noted["quotes"]:
                 homes.setdefault(quote, spans)
     found = []
     for point in points:

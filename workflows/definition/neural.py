@@ -160,8 +160,8 @@ def _reduce(site: Site) -> Step:
     async def step(run: RunContext, values: Mapping[str, Any]) -> Result:
         if not run.scope.profile.writes:
             notes = await asyncio.to_thread(notes_read, run, site, values)
-            points = [point_of(note) for note in notes[:MAX_POINTS]]
-            return Result(_points(run, points), not_forwarded=max(0, len(notes) - MAX_POINTS))
+            kept = [point_of(note) for note in notes[:MAX_POINTS]]
+            return Result(_points(run, kept), not_forwarded=max(0, len(notes) - MAX_POINTS))
         group = [
             record[n] for port in site.ports for record in [values.get(port.key, {})] for n in _order(record)
         ]
