@@ -177,9 +177,7 @@ class Each:
         """The answer of a stretch with its citations and gaps where they stand in the document."""
         if span.end - span.start == len(document.text):
             return answer
-        if (
-            document.id not in self._verifiers
-        ):  # one is kept: what it makes of a text is larger than that
+        if document.id not in self._verifiers:  # one is kept: what it makes of a text is larger than that
             self._verifiers.clear()
             self._verifiers[document.id] = Verifier([document])
         return _moved(answer, self._verifiers[document.id], span)

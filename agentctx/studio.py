@@ -62,9 +62,7 @@ def studio_graph(chosen: Strategy) -> StudioGraph:
 
     async def answer(state: Asked) -> dict[str, Any]:
         context, budget = await asyncio.to_thread(_opened, state["sources"])
-        run_id = (
-            f"{inner.name}-{secrets.token_hex(3)}"  # the server draws what a node names
-        )
+        run_id = f"{inner.name}-{secrets.token_hex(3)}"  # the server draws what a node names
         try:
             found = await context.aask(state["question"], strategy=chosen, budget=budget, run_id=run_id)
         except BudgetExceeded as error:
