@@ -51,8 +51,8 @@ def outcome(run: RunContext, answer: Answer) -> Answer:
         raise BudgetExceeded(
             f"the run reached its limit ({answer.stopped_because}); the answer is partial",
             partial=answer,
-            hint="resume it (agentctx ask --resume ID), with a higher limit if yours ended it "
-            "(--max-calls N), or take a cheaper strategy (see: agentctx plan)",
+            hint="resume it (agentctx ask --resume ID), with a higher limit (--max-calls N) if yours ended "
+            "it, or take a cheaper strategy (see: agentctx plan)",
         )
     return answer
 

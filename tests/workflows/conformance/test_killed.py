@@ -101,7 +101,7 @@ def _with_window(tokens):
 
 @pytest.mark.parametrize("change", [_wiped, _with_window(6000), _with_window(1600)])
 def test_a_killed_run_is_taken_up_where_little_is_as_it_was(change, tmp_path, forks, endpoint):
-    """The cache was deleted, or the server takes more or fewer tokens: nothing that is named is there."""
+    """The cache was deleted, or the server takes more or fewer tokens: checkpoints name what is not there."""
     case = next(case for case in EACH if case.strategy == "map_reduce" and case.kind == "search")
     arguments = (case.strategy, case.kind, endpoint.url)
     whole = tmp_path / "whole"
