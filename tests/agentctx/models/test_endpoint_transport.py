@@ -28,4 +28,5 @@ async def test_every_call_is_answered_whatever_the_number_of_lanes(lanes, monkey
 
 def test_a_proxy_is_left_to_the_client_that_finds_it(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert lanes_client("http://localhost:8000/v1", 4, 30.0) is None
+    assert lanes_client("http://example.org/v1", 4, 30.0, direct=False) is None
+    assert lanes_client("http://localhost:8000/v1", 4, 30.0, direct=True) is not None  # no proxy is for it
