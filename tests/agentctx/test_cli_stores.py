@@ -57,7 +57,7 @@ def runs(monkeypatch):
                 raise InputError(f"no run {run_id!r} is kept", code="not_found", hint="agentctx runs ls")
             return rows[run_id]
 
-        def remove(self, run_id):
+        def remove(self, run_id, blobs=None):
             del rows[self.get(run_id).run_id]
 
         def trace(self, run_id):

@@ -392,7 +392,7 @@ def test_what_cannot_be_is_refused_with_a_reason(tiny_model: Path, reading: Read
     with pytest.raises(ConfigError, match="reading is closed"):
         closed.fork()
     with (
-        pytest.raises(ConfigError, match="cannot be exact: it changes what is stored"),
+        pytest.raises(ConfigError, match="cannot be exact: it changes what is held"),
         engine(tiny_model, attention="streaming:window=100").read(TEXT) as sparse,
     ):
         sparse.ask(QUESTION, exact=True)

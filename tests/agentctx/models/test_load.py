@@ -290,8 +290,8 @@ def test_the_share_of_memory_is_of_what_was_free_before_the_weights(
 
 @pytest.mark.model
 def test_the_embedded_model_answers(embedded_model: Model) -> None:
-    reply = embedded_model.chat.invoke("What is the capital of France?")
-    assert "Paris" in str(reply.content)
+    reply = embedded_model.chat.invoke("How many legs has a spider?")  # it is sure of the answer
+    assert "8" in str(reply.content)
     assert embedded_model.profile.tiers == {"reads"}
     assert embedded_model.profile.window == 300
 

@@ -113,9 +113,9 @@ async def test_every_token_that_is_computed_for_spans_is_counted(tokenizer, monk
     fed: list[int] = []
     step = shared.step
 
-    def counted(contexts, ids, pads=()):
+    def counted(contexts, ids, pads=(), *, spoken=False):
         fed.append(ids.numel() - sum(pads))
-        return step(contexts, ids, pads)
+        return step(contexts, ids, pads, spoken=spoken)
 
     monkeypatch.setattr(shared, "step", counted)
     heads_of(shared, None)
