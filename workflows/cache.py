@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -49,8 +48,6 @@ class LeafCache:
 
     def __init__(self, path: Path | None, *, limit: int = LIMIT) -> None:
         self.warning = ""  # set when a damaged cache was put aside
-        self._waiting: dict[str, Any] = {}
-        self._lock = threading.Lock()  # of what waits: quotes are verified in threads, and notes kept there
         self._using: IO[str] | None = None
         if path is None:
             self._db = _opened(IN_MEMORY)
@@ -74,8 +71,7 @@ class LeafCache:
 
     def get_many(self, keys: list[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
-        waiting = self._waiting  # another thread may write it, and begin a new one
-        found = {key: waiting[key] for key in keys if key in waiting}
+        found: dict[str, Any] = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
@@ -87,29 +83,18 @@ class LeafCache:
         self.put_many({key: value})
 
     def put_many(self, items: dict[str, Any]) -> None:
-        """Write these, and what waits, in one transaction."""
-        with self._lock:
-            rows, now = {**self._waiting, **items}, time.time()
-            with self._db.write() as db:
-                db.executemany(
-                    "INSERT OR REPLACE INTO calls (key, value, time) VALUES (?, ?, ?)",
-                    [(key, _encoded(value), now) for key, value in rows.items()],
-                )
-            self._waiting = {}
-
-    def put_soon(self, key: str, value: Any) -> None:
-        """Write this with the next `put`, or when the cache is closed: what may be lost if it is killed."""
-        with self._lock:
-            self._waiting[key] = value
+        """Write these in one transaction."""
+        now = time.time()
+        with self._db.write() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO calls (key, value, time) VALUES (?, ?, ?)",
+                [(key, _encoded(value), now) for key, value in items.items()],
+            )
 
     def close(self) -> None:
-        try:
-            if self._waiting:
-                self.put_many({})
-        finally:
-            self._db.close()
-            if self._using:
-                self._using.close()
+        self._db.close()
+        if self._using:
+            self._using.close()
 
     def _in_order(self, path: Path, limit: int) -> Database:
         """The file, sound and not too large; nobody else has it open."""

@@ -66,9 +66,11 @@ async def attempt_call(
         actual = worst  # a call that failed, timed out or was cancelled may have been paid in full
         error: ModelError | None = None
         reply: AIMessage | None = None
+        outcome: dict[str, Any] = {}
         try:
             reply = await _send(run, role, messages, attempt)
             actual = _used(reply, worst)
+            outcome = {"reply": _stored(run, reply)}  # before anything says that the call was made
             _note(run, reply)
         except TimeoutError:
             error = ModelError("no reply in the time that was left", code="timeout")
@@ -80,7 +82,8 @@ async def attempt_call(
             if not run.ledger.settle(reservation, actual):
                 run.trace.emit("overrun", role=role.name)
                 run.warn("soft_ceiling", "the endpoint used more tokens than it was allowed to")
-            outcome = _outcome(run, reply, error)
+            if error:
+                outcome = {"error": [error.code, error.message]}
             run.trace.emit("call.end", **said, ok=reply is not None, **outcome)
     if reply is not None:
         run.succeeded += 1
@@ -89,16 +92,14 @@ async def attempt_call(
     return await _failed(run, error, attempt)
 
 
-def _outcome(run: RunContext, reply: AIMessage | None, error: ModelError | None) -> dict[str, Any]:
-    """What a replay needs of a call: the id of the stored reply, or the error."""
-    if reply is not None:
-        kept = reply.model_dump(
-            mode="json", include={"content", "usage_metadata", "response_metadata"}, exclude_none=True
-        )
-        key = call_key(reply=kept)
-        run.cache.put_soon(key, kept)  # with the record that is made of it
-        return {"reply": key}
-    return {"error": [error.code, error.message]} if error else {}
+def _stored(run: RunContext, reply: AIMessage) -> str:
+    """Keep a reply, for a replay, under the id that is returned."""
+    kept = reply.model_dump(
+        mode="json", include={"content", "usage_metadata", "response_metadata"}, exclude_none=True
+    )
+    key = call_key(reply=kept)
+    run.cache.put(key, kept)
+    return key
 
 
 def _refusal(run: RunContext, attempt: Attempt) -> Failure | None:
