@@ -96,8 +96,8 @@ def test_a_wrong_draft_changes_nothing(tiny: LlamaDecoder, other: LlamaDecoder) 
 
 def test_twins_draft_for_the_weights_that_they_stand_for(tiny_model: Path) -> None:
     small = LlamaDecoder.load(tiny_model, torch.float32)
-    plain = small.plain()
     twins.make(small.linears(), {})
+    plain = small.plain()
     assert plain.head.twin is None and plain.layers[0].qkv.twin is None
     assert plain.head.weight is small.head.weight
     how = Speculation(Dense(), small, pace=Always())
