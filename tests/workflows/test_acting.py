@@ -70,7 +70,7 @@ def test_everything_that_left_the_context_is_still_in_the_store(kind, tmp_path):
     reply, _ = walker(39)
     open_text(ScriptedChat(reply=reply), paths).ask(QUESTION, strategy=small(kind, steps=50))
     store = sqlite3.connect(paths.calls)
-    kept = "".join(value for (value,) in store.execute("SELECT value FROM calls"))
+    kept = b"".join(value for (value,) in store.execute("SELECT value FROM calls")).decode()
     store.close()
     assert all(f"Entry {n}: " in kept for n in range(390))
 
