@@ -210,7 +210,11 @@ def quality(cell: Any) -> str:
 
 def retrieval() -> str:
     result = load("retrieval")
-    sets = result["sets"]
+    sets = {
+        name: one
+        for name, one in result["sets"].items()
+        if any(cell["questions"] >= ENOUGH for cell in one["rankers"].values())
+    }
     asked = (pair for one in sets.values() for pair in one["rankers"].items())
     names = dict.fromkeys(ranker for ranker, cell in asked if cell["questions"] >= ENOUGH)
     heads = [FOUND_IN[name] for name in sets]
