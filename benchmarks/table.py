@@ -26,6 +26,7 @@ COMMANDS = {
     "answering": "python benchmarks/answering.py DATA",
     "startup": "python benchmarks/startup.py DOCUMENT",
     "planned": "python benchmarks/planned.py",
+    "corpus": "python benchmarks/corpus.py DATA --documents 500",
     "speed": "agentctx bench speed --lengths 1k..32k --threads 2",
 }
 SETS = {"nq_20": "NQ, 20 passages", "hotpotqa": "HotpotQA, 10 paragraphs", "ruler_4k": "RULER, 4k tokens"}
@@ -141,6 +142,37 @@ def planned() -> list[str]:
     ]
 
 
+def corpus() -> list[str]:
+    """A question over a directory with and without an index; and what composing loses."""
+    result = load("corpus")
+    most = max(one["documents"] for one in result["questions"])
+    lines = [
+        f"| over {most} passages, computed tokens and seconds | first question | second |",
+        "| --- | --- | --- |",
+    ]
+    for one in result["questions"]:
+        if one["documents"] == most:
+            index = one["index"]
+            name = f"`{one['strategy']}`"
+            if index:
+                name += f", indexed in {index['seconds']:.0f} s at {index['bytes_per_token']:,} bytes a token"
+            cells = [f"{asked['computed_tokens']:,}, {asked['seconds']:.1f}" for asked in one["asked"]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    ways = ("contiguous", "composed", "first 16", "changed .15", "random .15")
+    lines += [
+        "",
+        f"| right answers; KL from one piece (questions) | {' | '.join(ways)} |",
+        "| --- |" + " --- |" * len(ways),
+    ]
+    for passages, cell in result["compose"].items():
+        found = [
+            f"{cell[way]['right'][0]:.2f}; {cell[way]['kl'][0]:.3f} ({cell[way]['n']}, {cell[way]['n_kl']})"
+            for way in ways
+        ]
+        lines.append(f"| {passages} | {' | '.join(found)} |")
+    return lines
+
+
 def speed() -> list[str]:
     """Whole model: ours in milliseconds, the others by how many times as long they take."""
     lines = []
@@ -234,7 +266,13 @@ def recalls(cell: Any) -> str:
 
 def figures() -> str:
     parts = []
-    tables = {"finding": finding, "answering": answering, "startup": startup, "planned": planned}
+    tables = {
+        "finding": finding,
+        "answering": answering,
+        "startup": startup,
+        "planned": planned,
+        "corpus": corpus,
+    }
     for name, table in tables.items():
         parts.append("\n".join([*table(), "", f"`{load(name).get('command', COMMANDS[name])}`", ""]))
     parts.append("\n".join([*speed(), "", f"`{COMMANDS['speed']}`", ""]))
