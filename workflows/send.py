@@ -158,9 +158,11 @@ async def _send(run: RunContext, role: Role, messages: Sequence[BaseMessage], at
             try:
                 reply = await _invoke(run, role, messages, attempt)
                 return reply.model_copy(update={"content": without_surrogates(reply.content)})
-            except (AgentctxError, TimeoutError):
-                raise
-            except Exception as foreign:  # foreign code: what chat models of others raise cannot be listed
+            # The one door to chat models of others: what they may raise cannot be listed, and one failed
+            # call must not end a run. It is raised again, as an error of ours; a cancellation stays one.
+            except BaseException as foreign:
+                if isinstance(foreign, AgentctxError | TimeoutError) or not isinstance(foreign, Exception):
+                    raise
                 said = without_surrogates(f"{type(foreign).__name__}: {foreign}"[:500])
                 raise ModelError(said) from foreign
 
